@@ -1,0 +1,113 @@
+"""What every page and every public name owes its reader (STYLE.md sections 2.3 to 2.6 and 2.15)."""
+import ast
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+from fastcore.docments import docments
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted(p for p in (ROOT / "rsir_nb").rglob("*.py") if p.stem not in ("__init__", "_modidx"))
+MACHINE_PATH = re.compile(r"/home/|/root/|/work/|/tmp/|/Users/|[A-Z]:\\\\")
+relative = lambda p: str(p.relative_to(ROOT))
+
+
+def cells_of(page, kind=None):
+    return [c for c in json.loads(page.read_text())["cells"] if kind in (None, c["cell_type"])]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+def exported(page): return [source(c) for c in cells_of(page, "code") if re.search(r"^#\|\s*exporti?\b", source(c), re.M)]
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)
+def test_title_and_promise(page):
+    first = source(cells_of(page)[0])
+    assert re.match(r"# \S", first), "a page opens with its title"
+    assert re.search(r"^> \S", first, re.M), "and one line that promises something"
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)
+def test_no_output_holds_a_machine_path(page):
+    for cell in cells_of(page, "code"):
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error", f"a saved error in {source(cell)[:80]!r}"
+            data = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
+            text = re.sub(r'data:image/[^"]+', "", json.dumps([output.get("text"), data]))
+            found = MACHINE_PATH.search(text)
+            assert not found, f"{text[max(0, found.start() - 40):found.end() + 40]!r}"
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)
+def test_saved_outputs_are_there_and_small(page):
+    code = cells_of(page, "code")
+    assert any(c["outputs"] for c in code), "a page is readable from its saved outputs"
+    assert page.stat().st_size < 1_500_000, f"{page.stat().st_size/1e6:.1f} MB"
+    for cell in code:
+        for output in cell["outputs"]:
+            size = len("".join(output.get("data", {}).get("image/png", "")))
+            assert size < 205_000, f"a picture of {size*3//4//1000} kB in {source(cell)[:60]!r}"
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)
+def test_sizes(page):
+    blocks = exported(page)
+    assert sum(len(b.splitlines()) for b in blocks) <= 300, "a page exports at most 300 lines, or is two pages"
+    assert all(len(b.splitlines()) <= 60 for b in blocks), [b.splitlines()[1] for b in blocks if len(b.splitlines()) > 60]
+    assert not blocks or len(cells_of(page, "markdown")) >= len(blocks), "prose before each exported cell"
+
+
+def public(path):
+    name = "rsir_nb." + str(path.relative_to(ROOT / "rsir_nb").with_suffix("")).replace("/", ".")
+    module = importlib.import_module(name)
+    for key in getattr(module, "__all__", []):
+        value = getattr(module, key)
+        if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == name: yield key, value
+
+
+def undocumented(value, where):
+    "Arguments of a function without a comment, a type, or a described return value."
+    sig = inspect.signature(value)
+    docs = docments(value, full=True, returns=True)
+    for name, p in sig.parameters.items():
+        if name in ("self", "cls") or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
+        if p.annotation is p.empty: yield f"{where}({name}) has no type"
+        if not docs.get(name) or not docs[name].docment: yield f"{where}({name}) has no comment"
+    if sig.return_annotation not in (sig.empty, None) and not isinstance(sig.return_annotation, type(None)):
+        if not docs["return"].docment: yield f"{where} does not describe its return value"
+
+
+def problems(key, value):
+    if not inspect.getdoc(value) or "alias" in inspect.getdoc(value)[:5]: yield f"{key} has no docstring"
+    if inspect.isfunction(value): yield from undocumented(value, key)
+    elif "__init__" in value.__dict__ and not hasattr(value, "__dataclass_fields__"):
+        yield from undocumented(value.__init__, key)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_every_public_name_is_documented(path):
+    found = [o for key, value in public(path) for o in problems(key, value)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_no_prints_and_no_swallowed_errors(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+            assert path.stem == "cli", f"line {node.lineno} prints; library code uses logging"
+        if isinstance(node, ast.ExceptHandler):
+            assert not all(isinstance(o, ast.Pass) for o in node.body), f"line {node.lineno} swallows an error"
+
+
+def test_every_page_stands_in_the_sidebar():
+    text = (ROOT / "_quarto.yml").read_text()
+    listed = set(re.findall(r"[\w./]+\.ipynb", text))
+    pages = {str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS}
+    assert listed == pages, f"missing {sorted(pages - listed)}, gone {sorted(listed - pages)}"
