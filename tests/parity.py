@@ -1,10 +1,11 @@
 """Check the package against a set of reference values: `python tests/parity.py DIR`.
 
-DIR holds MANIFEST.json and the arrays it names. A handler is a function `(case)` in a module of `parity_cases/`,
-registered with `@check("csmae.backbone_eval_*")`; the case goes to the handler whose pattern is the most specific.
-It reads inputs and constants from the case, calls the public API and hands every output to `case.compare`; an output
-that is a known mistake of the published code goes to `case.divergent` with a corrected value computed independently.
-A case passes when every output that the manifest lists was covered. Nothing here knows the numbers of one set.
+DIR holds MANIFEST.json and the arrays it names. A handler is a function `(case)` in a module of
+`parity_cases/`, registered with `@check("csmae.backbone_eval_*")`; a case goes to the handler whose pattern is
+the longest that fits. It reads inputs and constants from the case, calls the public API and hands every output
+to `case.compare`; an output that is a known mistake of the published code goes to `case.divergent` with a
+corrected value computed independently. A case passes when every output that the manifest lists was covered.
+Nothing here knows the numbers of one set.
 """
 import importlib
 import json
@@ -64,10 +65,11 @@ def _read(folder, entry):
         return tensors if key == "*" else tensors[key]
     if path.endswith(".json"):
         values = _json(path)
-        return values[key] if isinstance(values, dict) and key in values else values   # '<parameter name>' = the whole
+        whole = not isinstance(values, dict) or key not in values   # '<parameter name>', '[i]': all of it
+        return values if whole else values[key]
     arrays = _npz(path)
-    if key.endswith("*"): return {k.removeprefix(key[:-1]): v for k, v in arrays.items() if k.startswith(key[:-1])}
-    return arrays[key]
+    if not key.endswith("*"): return arrays[key]
+    return {k.removeprefix(key[:-1]): v for k, v in arrays.items() if k.startswith(key[:-1])}
 
 
 def _labels(entries):
@@ -81,10 +83,10 @@ class Case:
 
     def __init__(self, entry, folder, manifest):
         self.entry, self.folder, self.manifest = entry, Path(folder), manifest
-        self.id, self.constants, self.quirks = entry["id"], entry.get("constants", {}), entry.get("quirks", [])
-        self.tolerance = entry.get("tolerance", {})
-        self._in = dict(zip(_labels(entry["inputs"]), entry["inputs"]))
-        self._out = dict(zip(_labels(entry["outputs"]), entry["outputs"]))
+        self.id, self.constants = entry["id"], entry.get("constants", {})
+        self.quirks, self.tolerance = entry.get("quirks", []), entry.get("tolerance", {})
+        self._in = dict(zip(_labels(entry["inputs"]), entry["inputs"], strict=True))
+        self._out = dict(zip(_labels(entry["outputs"]), entry["outputs"], strict=True))
         self.covered, self.problems, self.reasons = set(), [], []
 
     def input_names(self): return list(self._in)
@@ -120,10 +122,10 @@ class Case:
         return recipe_weights(tensors, seed)
 
     def tolerance_of(self, name, like=None):
-        "rtol and atol for one output; `like` names an entry of the tolerance that is worded for a group of outputs."
+        "rtol and atol for one output; `like` names an entry of the tolerance that means a group of outputs."
         found = {k: self.tolerance[k] for k in ("rtol", "atol") if k in self.tolerance}
         for key, value in self.tolerance.items():
-            if not (key == like or key == name or name.endswith("." + key) or name.startswith(key + ".")): continue
+            if key not in (like, name) and not (name.endswith(f".{key}") or name.startswith(f"{key}.")): continue
             if isinstance(value, str) and value.startswith("exact"): found = {}
             if isinstance(value, dict): found = {k: v for k, v in value.items() if k in ("rtol", "atol")}
         for word in "rtol", "atol":
@@ -132,21 +134,22 @@ class Case:
         return {"rtol": 0.0, "atol": 0.0, **found}
 
     def compare(self, name, value, like=None, **override):
-        "Check `value` against the stored output `name` under the case's tolerance, or rtol= and atol= given here."
+        "Check `value` against the stored output `name` under the case's tolerance, or the rtol= and atol= given."
         if name not in self._out: raise KeyError(f"{self.id} has no output {name!r}")
         self.covered.add(name)
         tolerance = {**self.tolerance_of(name, like), **override}
         self.problems += [f"{name}{o}" for o in differences(value, self.output(name), **tolerance)]
 
     def divergent(self, names, value, corrected, reason, rtol=1e-5, atol=1e-6):
-        "Check `value` against `corrected` instead of the stored outputs `names`, which hold a published mistake."
+        "Check `value` against `corrected` instead of the stored outputs `names`, which hold a mistake."
         names = [names] if isinstance(names, str) else list(names)
         missing = [n for n in names if n not in self._out]
         if missing: raise KeyError(f"{self.id} has no output {missing}")
-        if not self.quirks: self.problems.append(f"{names[0]} is declared divergent, but the case names no quirk")
+        if not self.quirks: self.problems.append(f"{names[0]} is declared divergent, but no quirk is named")
         self.covered.update(names)
         self.reasons.append(reason)
-        self.problems += [f"{'+'.join(names)} (corrected){o}" for o in differences(value, corrected, rtol, atol)]
+        what = '+'.join(names) + ' (corrected)'
+        self.problems += [what + o for o in differences(value, corrected, rtol, atol)]
 
     def open_outputs(self): return [n for n in self._out if n not in self.covered]
 
@@ -164,13 +167,14 @@ def differences(value, wanted, rtol=0.0, atol=0.0, where=""):
     if isinstance(wanted, dict):
         if not isinstance(value, dict): return [f"{where}: found {type(value).__name__}, wanted names"]
         odd = sorted(map(str, set(wanted) ^ set(value)))
-        if odd: return [f"{where}: names differ in {odd[:4]}" + (f" and {len(odd)-4} more" if len(odd) > 4 else "")]
+        if odd: return [f"{where}: {len(odd)} names differ, such as {odd[:4]}"]
         return [o for k in wanted for o in differences(value[k], wanted[k], rtol, atol, f"{where}.{k}")]
     if wanted is None or isinstance(wanted, (str, bool)):
         return [] if value == wanted else [f"{where}: found {value!r}, wanted {wanted!r}"]
-    if isinstance(wanted, list) and not all(isinstance(o, (int, float)) and not isinstance(o, bool) for o in wanted):
+    if isinstance(wanted, list) and not all(type(o) in (int, float) for o in wanted):
         if len(value) != len(wanted): return [f"{where}: found {len(value)} items, wanted {len(wanted)}"]
-        return [o for i, (a, b) in enumerate(zip(value, wanted)) for o in differences(a, b, rtol, atol, f"{where}[{i}]")]
+        return [o for i, (a, b) in enumerate(zip(value, wanted, strict=True))
+                for o in differences(a, b, rtol, atol, f"{where}[{i}]")]
     return _array_differences(np.asarray(value), np.asarray(wanted), rtol, atol, where)
 
 
@@ -182,12 +186,13 @@ def _array_differences(value, wanted, rtol, atol, where):
     else: good = np.isclose(value.astype(np.float64), wanted.astype(np.float64), rtol, atol, equal_nan=True)
     if np.all(good): return []
     first = np.unravel_index(np.argmin(good), wanted.shape)
-    text = f"{where}: {np.size(good) - np.count_nonzero(good)} of {good.size} differ, first at {list(map(int, first))}"
+    count = good.size - np.count_nonzero(good)
+    text = f"{where}: {count} of {good.size} differ, first at {list(map(int, first))}"
     return [f"{text}: found {value[first]}, wanted {wanted[first]} (rtol {rtol}, atol {atol})"]
 
 
 def recipe_weights(tensors, seed):
-    "The weights that README.md of the set derives from names and shapes; tables and counters stay as constructed."
+    "The weights that the set's README derives from names and shapes; tables and counters stay as constructed."
     import torch
     filled, first_name = {}, {}
     for name, old in tensors.items():
@@ -195,7 +200,7 @@ def recipe_weights(tensors, seed):
         if last in ("pos_embed", "decoder_pos_embed", "num_batches_tracked"):
             filled[name] = old
             continue
-        source = first_name.setdefault((old.data_ptr(), tuple(old.shape)), name)   # one tensor under several names
+        source = first_name.setdefault(old.data_ptr() or name, name)   # one tensor may have several names
         x = np.random.RandomState(crc32(f"{seed}:{source}".encode())).standard_normal(tuple(old.shape))
         if last in ("cls_token", "cls_token_s2", "mask_token"): x = 0.02 * x
         elif last == "running_mean": x = 0.1 * x
@@ -220,9 +225,12 @@ def run_case(entry, folder, manifest):
         at = traceback.extract_tb(e.__traceback__)[-1]
         return "failed", f"{type(e).__name__}: {e} ({Path(at.filename).name} line {at.lineno})"
     missed = case.open_outputs()
-    if missed: case.problems.append(f"not compared: {', '.join(missed[:4])}" + (" ..." if len(missed) > 4 else ""))
-    if case.problems: return "failed", "; ".join(case.problems[:3]) + (" ..." if len(case.problems) > 3 else "")
+    if missed: case.problems.append(f"not compared: {_few(missed, 4)}")
+    if case.problems: return "failed", _few(case.problems, 3, "; ")
     return ("divergent", "; ".join(dict.fromkeys(case.reasons))) if case.reasons else ("passed", "")
+
+
+def _few(parts, n, sep=", "): return sep.join([*parts[:n], *(["..."] if len(parts) > n else [])])
 
 
 def main(folder, pattern="*"):

@@ -11,7 +11,7 @@ MANIFEST = parity.read_manifest(FOLDER) if (FOLDER / "MANIFEST.json").is_file() 
 parity.load_handlers()
 
 
-@pytest.mark.skipif(not MANIFEST["cases"], reason="no ../shared/golden: reference values are not on this machine")
+@pytest.mark.skipif(not MANIFEST["cases"], reason="no ../shared/golden: reference values are not here")
 @pytest.mark.parametrize("entry", MANIFEST["cases"], ids=lambda e: e["id"])
 def test_case(entry):
     state, why = parity.run_case(entry, FOLDER, MANIFEST)
@@ -29,10 +29,11 @@ def test_differences_are_found():
 
 def made_up_case(tmp_path, **entry):
     import numpy as np
-    np.savez(tmp_path / "x.npz", **{"in.x": np.arange(3.0), "out.y": np.arange(3.0) * 2, "out.z": np.zeros(2)})
+    x = np.arange(3.0)
+    np.savez(tmp_path / "x.npz", **{"in.x": x, "out.y": x * 2, "out.z": np.zeros(2)})
     io = lambda kind, name: dict(name=name, file="x.npz", key=f"{kind}.{name}")
-    return dict(id="made.up", system="made up", inputs=[io("in", "x")], outputs=[io("out", "y"), io("out", "z")],
-                tolerance={"rtol": 1e-6}, **entry)
+    outputs = [io("out", "y"), io("out", "z")]
+    return dict(id="made.up", system="x", inputs=[io("in", "x")], outputs=outputs, tolerance={"rtol": 1e-6}, **entry)
 
 
 def test_an_output_that_is_not_compared_fails_the_case(tmp_path, monkeypatch):
