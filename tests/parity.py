@@ -1,11 +1,11 @@
 """Check the package against a set of reference values: `python tests/parity.py DIR`.
 
 DIR holds MANIFEST.json and the arrays it names. A handler is a function `(case)` in a module of
-`parity_cases/`, registered with `@check("csmae.backbone_eval_*")`; a case goes to the handler whose pattern is
-the longest that fits. It reads inputs and constants from the case, calls the public API and hands every output
-to `case.compare`; an output that is a known mistake of the published code goes to `case.divergent` with a
-corrected value computed independently. A case passes when every output that the manifest lists was covered.
-Nothing here knows the numbers of one set.
+`parity_cases/`, registered with `@check("csmae.backbone_eval_*")`; a case goes to the handler whose pattern
+is the longest that fits. It reads inputs and constants from the case, calls the public API and hands every
+output to `case.compare`; an output that is a known mistake of the published code goes to `case.divergent`
+with a corrected value computed independently. A case passes when every output that the manifest lists was
+covered. Nothing here knows the numbers of one set.
 """
 import importlib
 import json
@@ -125,7 +125,8 @@ class Case:
         "rtol and atol for one output; `like` names an entry of the tolerance that means a group of outputs."
         found = {k: self.tolerance[k] for k in ("rtol", "atol") if k in self.tolerance}
         for key, value in self.tolerance.items():
-            if key not in (like, name) and not (name.endswith(f".{key}") or name.startswith(f"{key}.")): continue
+            own = key in (like, name) or name.endswith(f".{key}") or name.startswith(f"{key}.")
+            if not own: continue
             if isinstance(value, str) and value.startswith("exact"): found = {}
             if isinstance(value, dict): found = {k: v for k, v in value.items() if k in ("rtol", "atol")}
         for word in "rtol", "atol":
@@ -134,7 +135,7 @@ class Case:
         return {"rtol": 0.0, "atol": 0.0, **found}
 
     def compare(self, name, value, like=None, **override):
-        "Check `value` against the stored output `name` under the case's tolerance, or the rtol= and atol= given."
+        "Check `value` against the stored output `name` under the case's tolerance, or rtol=, atol= given."
         if name not in self._out: raise KeyError(f"{self.id} has no output {name!r}")
         self.covered.add(name)
         tolerance = {**self.tolerance_of(name, like), **override}
@@ -192,7 +193,7 @@ def _array_differences(value, wanted, rtol, atol, where):
 
 
 def recipe_weights(tensors, seed):
-    "The weights that the set's README derives from names and shapes; tables and counters stay as constructed."
+    "The weights that the set's README derives from names and shapes; tables and counters stay as they are."
     import torch
     filled, first_name = {}, {}
     for name, old in tensors.items():

@@ -32,8 +32,8 @@ def made_up_case(tmp_path, **entry):
     x = np.arange(3.0)
     np.savez(tmp_path / "x.npz", **{"in.x": x, "out.y": x * 2, "out.z": np.zeros(2)})
     io = lambda kind, name: dict(name=name, file="x.npz", key=f"{kind}.{name}")
-    outputs = [io("out", "y"), io("out", "z")]
-    return dict(id="made.up", system="x", inputs=[io("in", "x")], outputs=outputs, tolerance={"rtol": 1e-6}, **entry)
+    entry |= dict(id="made.up", system="made up", tolerance={"rtol": 1e-6})
+    return dict(inputs=[io("in", "x")], outputs=[io("out", "y"), io("out", "z")], **entry)
 
 
 def test_an_output_that_is_not_compared_fails_the_case(tmp_path, monkeypatch):
