@@ -1,4 +1,4 @@
-"Bands by name: orders that invert each other, sensors that travel through JSON, errors that name the nearest band."
+"Bands by name: orders that invert each other, sensors that travel through JSON, errors with the nearest name."
 import itertools
 import json
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rsir_nb.core import InputError, UnknownNameError
-from rsir_nb.sensors import (BAND_ORDERS, BANDS, CHANNEL_PRESETS, NORM_TABLES, SENSORS, UNITS, Sensor, band_permutation,
-                             get_sensor, norm_stats, register_sensor, reorder_bands, stacked_bands)
+from rsir_nb.sensors import (BAND_ORDERS, BANDS, CHANNEL_PRESETS, NORM_TABLES, SENSORS, UNITS, Sensor,
+                             band_permutation, get_sensor, norm_stats, register_sensor, reorder_bands, stacked_bands)
 
 
 @pytest.mark.parametrize("name", SENSORS)
@@ -37,7 +37,8 @@ def test_every_preset_has_constants():
     for bands in CHANNEL_PRESETS.values():
         for table in ("ben_v1", "ben_v2"):
             mean, std = norm_stats(bands, table)
-            assert mean.shape == std.shape == (len(bands),) and (std > 0).all() and mean.dtype == torch.float32
+            assert mean.shape == std.shape == (len(bands),) and mean.dtype == torch.float32
+            assert (std > 0).all()
 
 
 def test_own_table_and_own_sensor():
@@ -50,9 +51,10 @@ def test_own_table_and_own_sensor():
 
 
 def test_errors_name_the_nearest():
-    with pytest.raises(UnknownNameError, match="did you mean B08"): get_sensor("s2").index("B8")
+    with pytest.raises(UnknownNameError, match="did you mean.*B08"): get_sensor("s2").index("B8")
     with pytest.raises(UnknownNameError, match="ben_v1"): norm_stats(["B02"], "ben_v3")
     with pytest.raises(UnknownNameError, match="HH"): band_permutation(["VH", "VV"], ["HH"])
-    with pytest.raises(InputError, match="B02"): reorder_bands(torch.zeros(9, 4, 4), SENSORS["s2"].bands, ["B02"])
+    with pytest.raises(InputError, match="B02"):
+        reorder_bands(torch.zeros(9, 4, 4), get_sensor("s2").bands, ["B02"])
     with pytest.raises(InputError, match="each of them once"): Sensor("x", (), "dB")
     assert "imagenet" in NORM_TABLES
