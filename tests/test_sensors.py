@@ -1,4 +1,4 @@
-"Bands by name: orders that invert each other, sensors that travel through JSON, errors with the nearest name."
+"Bands by name: orders that invert each other, sensors that travel through JSON, errors name the nearest."
 import itertools
 import json
 
@@ -8,7 +8,8 @@ import torch
 
 from rsir_nb.core import InputError, UnknownNameError
 from rsir_nb.sensors import (BAND_ORDERS, BANDS, CHANNEL_PRESETS, NORM_TABLES, SENSORS, UNITS, Sensor,
-                             band_permutation, get_sensor, norm_stats, register_sensor, reorder_bands, stacked_bands)
+                             band_permutation, get_sensor, norm_stats, register_sensor, reorder_bands,
+                             stacked_bands)
 
 
 @pytest.mark.parametrize("name", SENSORS)
@@ -19,7 +20,7 @@ def test_sensor_survives_json(name):
     assert len({hash(sensor), hash(get_sensor(name))}) == 1
 
 
-@pytest.mark.parametrize("a,b", itertools.permutations(("natural", "csmae", "cbir", "configilm"), 2))
+@pytest.mark.parametrize("a,b", list(itertools.permutations(("natural", "csmae", "cbir", "configilm"), 2)))
 def test_orders_invert_each_other(a, b):
     x = torch.randn(3, 12, 2, 2)
     there = reorder_bands(x, stacked_bands(a), stacked_bands(b))
