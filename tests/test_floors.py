@@ -28,16 +28,23 @@ def module_of(page):
 MODULES = {module_of(page): number_of(page) for page in PAGES if module_of(page)}
 
 
+def imported_base(node, module):
+    "The module, below the package, that a `from ... import` names; None for other packages. nbdev writes relative ones."
+    if node.level:
+        package = module.split(".")[:-node.level]
+        return ".".join([*package, *filter(None, [node.module])])
+    if (node.module or "").split(".")[0] == "rsir_nb": return node.module.removeprefix("rsir_nb").lstrip(".")
+
+
 def imports_of(module):
     "The package's own modules that `module` imports, wherever in the file the import stands."
     path = ROOT / "rsir_nb" / (module.replace(".", "/") + ".py")
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rsir_nb":
-            assert node.level == 0, f"{module} uses a relative import"
-            base = node.module.removeprefix("rsir_nb").lstrip(".")
-            for name in node.names:
-                full = f"{base}.{name.name}".lstrip(".")
-                yield full if full in MODULES else base
+        if isinstance(node, ast.ImportFrom):
+            base = imported_base(node, module)
+            if base is None: continue
+            full = [f"{base}.{name.name}".lstrip(".") for name in node.names]
+            yield from (o if o in MODULES else base for o in full)
         elif isinstance(node, ast.Import):
             yield from (n.name.removeprefix("rsir_nb.") for n in node.names if n.name.startswith("rsir_nb."))
 
