@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 export WANDB_MODE ?= offline
 export MPLBACKEND ?= agg
 
-.PHONY: demo test dev check notebooks pytest run clean
+.PHONY: demo test dev check notebooks pytest run readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rsir demo
@@ -49,3 +49,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 clean:
 	rm -rf _docs _proc build dist *.egg-info
+
+# README.md from the home page, nbs/index.ipynb.
+readme: $(VENV)/.installed-dev
+	$(BIN)/python tests/make_readme.py
