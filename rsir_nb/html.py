@@ -249,7 +249,7 @@ def html_table(
     table:pd.DataFrame, # the index becomes the rows' headers
     caption:str, # what the table shows
     digits:int=3, # decimals of floats
-    best:str|Mapping[str, str]|None=None, # 'max' or 'min', for all columns of numbers or by column: set in bold
+    best:str|Mapping[str, str]|None=None, # 'max' or 'min', for all numbers or by column: set in bold
 ) -> str: # a <table> in a box that scrolls
     "A dataframe as an accessible table."
     if isinstance(best, str): best = dict.fromkeys(table.select_dtypes('number'), best)
