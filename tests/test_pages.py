@@ -63,6 +63,12 @@ def test_sizes(page):
     assert not blocks or len(cells_of(page, "markdown")) >= len(blocks), "prose before each exported cell"
 
 
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)
+def test_lessons_on_errors_run(page):
+    "`expect_fail` is a context manager: handed a lambda, it never calls it and checks nothing."
+    assert not any("expect_fail(lambda" in source(c) for c in cells_of(page, "code"))
+
+
 def public(path):
     name = "rsir_nb." + str(path.relative_to(ROOT / "rsir_nb").with_suffix("")).replace("/", ".")
     module = importlib.import_module(name)
