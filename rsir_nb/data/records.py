@@ -8,6 +8,7 @@ __all__ = ['PATCH_CLASSES', 'BAND_CLASSES', 'NUMPY_NAMES', 'TUPLE_BANDS', 'load_
 
 # %% ../../nbs/10d_data.records.ipynb #b89d49ff
 import math, pickletools, struct
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,8 @@ def _to_numpy(array):
     return np.array(out, dtype=dtype.newbyteorder('='), order='C')
 
 # %% ../../nbs/10d_data.records.ipynb #360b3409
+_MOST = 100_000   # instructions; a patch has about 1100
+
 class _Machine:
     "Runs the harmless part of pickle's language, protocols 2 to 5."
     def __init__(self, data, names):
@@ -75,9 +78,13 @@ class _Machine:
         if self.pos > len(self.data): raise _Broken("it ends early")
         return self.data[self.pos - n:self.pos]
 
+    def byte(self):
+        self.pos += 1
+        return self.data[self.pos - 1]
+
     def number(self, n, signed=False): return int.from_bytes(self.take(n), 'little', signed=signed)
 
-    def text(self, n): return str(self.take(self.number(n)), 'utf-8')
+    def text(self, n): return str(self.take(self.byte() if n == 1 else self.number(n)), 'utf-8')
 
     def line(self):
         end = bytes(self.data[self.pos:self.pos + 256]).index(b'\n')
@@ -98,14 +105,13 @@ class _Machine:
         return _Name(full)
 
     def run(self):
-        while True:
-            code = self.take(1)[0]
-            if code == ord('.'): break
-            push = _PUSH.get(code)
-            if push is not None:
-                value = push(self)
+        for _ in range(_MOST):
+            code = self.byte()
+            if code in _PUSH:
+                value = _PUSH[code](self)
                 self.stack.append(value)
             elif code in _DO: _DO[code](self)
+            elif code == 46: break   # '.'
             else: raise _Broken(f"the instruction {bytes([code])!r} at byte {self.pos - 1}")
         if len(self.stack) != 1 or self.below: raise _Broken("it leaves something undone")
         if self.pos != len(self.data): raise _Broken("it ends before its bytes do")
@@ -170,12 +176,12 @@ def _mark(m):
 def _remember(m, index): m.memo[index] = m.stack[-1]
 
 def _small_number(m):
-    size = m.number(1)
+    size = m.byte()
     if size > 8: raise _Broken("a number of more than 8 bytes")
     return m.number(size, signed=True)
 
 def _protocol(m):
-    if m.number(1) not in (2, 3, 4, 5): raise _Broken("an unknown protocol")
+    if m.byte() not in (2, 3, 4, 5): raise _Broken("an unknown protocol")
 
 # %% ../../nbs/10d_data.records.ipynb #dc0748da
 def _table(rows): return {op if isinstance(op, int) else ord(op): func for op, func in rows.items()}
@@ -183,12 +189,12 @@ def _table(rows): return {op if isinstance(op, int) else ord(op): func for op, f
 _PUSH = _table({
     'N': lambda m: None, 0x88: lambda m: True, 0x89: lambda m: False,
     ')': lambda m: (), ']': lambda m: [], '}': lambda m: {}, 0x8f: lambda m: set(),
-    'K': lambda m: m.number(1), 'M': lambda m: m.number(2), 'J': lambda m: m.number(4, True),
+    'K': lambda m: m.byte(), 'M': lambda m: m.number(2), 'J': lambda m: m.number(4, True),
     0x8a: _small_number, 'G': lambda m: struct.unpack('>d', m.take(8))[0],
     0x8c: lambda m: m.text(1), 'X': lambda m: m.text(4), 0x8d: lambda m: m.text(8),
-    'C': lambda m: m.take(m.number(1)), 'B': lambda m: m.take(m.number(4)),
+    'C': lambda m: m.take(m.byte()), 'B': lambda m: m.take(m.number(4)),
     0x8e: lambda m: m.take(m.number(8)),
-    'h': lambda m: m.memo[m.number(1)], 'j': lambda m: m.memo[m.number(4)],
+    'h': lambda m: m.memo[m.byte()], 'j': lambda m: m.memo[m.number(4)],
     't': lambda m: tuple(m.marked()), 0x85: lambda m: (m.pop(),),
     0x86: lambda m: (m.pop(), m.pop())[::-1], 0x87: lambda m: (m.pop(), m.pop(), m.pop())[::-1],
     'c': lambda m: m.name(m.line(), m.line()),
@@ -197,7 +203,7 @@ _PUSH = _table({
 _DO = _table({
     0x80: _protocol, 0x95: lambda m: m.take(8), '(': _mark, 'b': _set_state,
     0x94: lambda m: _remember(m, len(m.memo)),
-    'q': lambda m: _remember(m, m.number(1)), 'r': lambda m: _remember(m, m.number(4)),
+    'q': lambda m: _remember(m, m.byte()), 'r': lambda m: _remember(m, m.number(4)),
     'e': lambda m: _extend(m, m.marked()), 'a': lambda m: _extend(m, [m.pop()]),
     's': lambda m: _set_items(m, [m.pop(), m.pop()][::-1]), 'u': lambda m: _set_items(m, m.marked()),
     0x90: lambda m: _set_items(m, m.marked(), set)})
@@ -209,7 +215,7 @@ def _run(value, names, what):
     except _Refused as e: asked = str(e)
     except (_Broken, IndexError, KeyError, ValueError, struct.error) as e:
         asked = next((o for o in _asked_for(value) if o not in names), None)
-        if asked is None: raise _damaged(what, e) from e
+        if asked is None: raise _damaged(what, "too few bytes" if isinstance(e, IndexError) else e) from e
     raise UnsafeFileError(f"{what} is refused", found=f"it asks for {asked}",
                           wanted="only arrays and BigEarthNet's patch classes",
                           remedy="do not unpickle it; get the archive again from its publisher")
@@ -218,7 +224,7 @@ def _asked_for(value):
     "Names in the stream, as far as it can be read."
     pushed, memo = [], {}
     try:
-        for op, arg, _ in pickletools.genops(bytes(value)):
+        for op, arg, _ in islice(pickletools.genops(bytes(value)), _MOST):
             if op.name in ('GLOBAL', 'INST'): yield arg.replace(' ', '.')
             if op.name == 'STACK_GLOBAL' and None not in pushed[-2:]: yield '.'.join(pushed[-2:])
             if op.name in ('MEMOIZE', 'PUT', 'BINPUT', 'LONG_BINPUT'):
@@ -228,7 +234,7 @@ def _asked_for(value):
     except Exception: return   # the stream can be read no further, for whatever reason
 
 def _damaged(what, error):
-    return CorruptError(f"{what} is damaged", found=str(error) or type(error).__name__,
+    return CorruptError(f"{what} is damaged", found=str(error).split('\n')[0] or type(error).__name__,
                         remedy="copy the archive again")
 
 # %% ../../nbs/10d_data.records.ipynb #497117d0
