@@ -14,7 +14,8 @@ from .base import Vocab
 
 # %% ../../nbs/10a_data.labels.ipynb #5b77344b
 _DROPPED = ['Road and rail networks and associated land', 'Port areas', 'Airports',
-            'Mineral extraction sites', 'Dump sites', 'Construction sites', 'Green urban areas', 'Sport and leisure facilities']
+            'Mineral extraction sites', 'Dump sites', 'Construction sites', 'Green urban areas',
+            'Sport and leisure facilities']
 _CROPS = 'Land principally occupied by agriculture, with significant areas of natural vegetation'
 _MOORS = 'Moors, heathland and sclerophyllous vegetation'
 _GRASS = 'Natural grassland and sparsely vegetated areas'
