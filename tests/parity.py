@@ -103,14 +103,15 @@ class Case:
         return _read(self.folder, self._out[name])
 
     def constant(self, name):
-        "A constant of this case, or of another case of the system that reads one of the same weight files."
+        "A constant of this case, or of another that reads the same weights, or at least another same file."
         if name in self.constants: return self.constants[name]
-        weights = {e["file"] for e in self.entry["inputs"] if e["key"] == "*"}
-        for other in self.manifest["cases"]:
-            shares = weights & {e["file"] for e in other["inputs"] if e["key"] == "*"}
-            if shares and other["system"] == self.entry["system"] and name in other.get("constants", {}):
-                return other["constants"][name]
-        raise KeyError(f"{self.id} has no constant {name!r}, nor has a case with the same weights")
+        for weights_only in True, False:
+            counts = lambda e, only=weights_only: not only or e["key"] == "*"
+            files = {e["file"] for e in self.entry["inputs"] if counts(e)}
+            for other in self.manifest["cases"]:
+                shares = any(e["file"] in files for e in other["inputs"] if counts(e))
+                if shares and name in other.get("constants", {}): return other["constants"][name]
+        raise KeyError(f"{self.id} has no constant {name!r}, nor has a case with the same inputs")
 
     def other(self, case_id):
         "Another case of the same set, to read inputs or constants from."
