@@ -130,7 +130,7 @@ class CodeStore:
         self.provenance = _read_provenance(self.path/'provenance.json')
         self.n_bits, self.modalities = self.provenance['n_bits'], list(self.provenance['modalities'])
         self.weights_hash = self.provenance['weights_hash']
-        self.codes = {m: self._array('codes', m) for m in self.modalities}
+        self.codes = {m: self._array('codes', m) for m in self.modalities if self.n_bits}
         self.embeddings = {m: self._array('embeddings', m) for m in self.provenance['embeddings']}
         self._table = None
 
@@ -192,14 +192,15 @@ def present(self:CodeStore,
     modality:str, # e.g. 's1'
 ) -> np.ndarray: # bool (N,)
     "Which items `modality` has seen."
-    if modality not in self.codes: raise unknown_name('modality of this store', modality, self.codes)
+    if modality not in self.modalities:
+        raise unknown_name('modality of this store', modality, self.modalities)
     return self.table[f'has_{modality}'].to_numpy(dtype=bool)
 
 # %% ../../nbs/40_retrieval.codes.ipynb #cab20933
 @patch(cls_method=True)
 def write(cls:CodeStore,
     path:str|Path, # folder to write
-    codes:dict, # modality -> packed codes, uint8 (N,n_bits/8)
+    codes:dict, # modality -> packed codes, uint8 (N,n_bits/8); may be empty where there are embeddings
     table:pd.DataFrame, # one row an item with at least the column `id`; `geometry` as WKB where known
     weights_hash:str, # names the weights that made the codes
     embeddings:dict|None=None, # modality -> real numbers (N,D), stored as float16
@@ -213,7 +214,8 @@ def write(cls:CodeStore,
         raise InputError(f"{path} is there already", remedy="pass overwrite=True, or another path")
     codes, table, embeddings = _check_contents(codes, table, embeddings or {}, present or {})
     record = dict(json.loads(json.dumps(provenance or {}, default=str)), format=_FORMAT, version=_VERSION,
-                  n=len(table), n_bits=next(iter(codes.values())).shape[1]*8, modalities=list(codes),
+                  n=len(table), n_bits=next((x.shape[1]*8 for x in codes.values()), 0),
+                  modalities=list(codes or embeddings),
                   embeddings=list(embeddings), weights_hash=str(weights_hash), versions=_versions(),
                   arrays={}, checksums={})
     with atomic_path(path) as part:
@@ -236,7 +238,8 @@ def _write_table(table, path):
 
 def _check_contents(codes, table, embeddings, present):
     "The three parts of a store, of equal length, with the columns `has_<modality>` added."
-    if not codes: raise InputError("there are no codes to store", wanted="modality -> packed codes")
+    if not codes and not embeddings:
+        raise InputError("there are no codes to store", wanted="modality -> packed codes")
     n_bits, n = None, len(table)
     codes, table = dict(codes), table.reset_index(drop=True).copy()
     if 'id' not in table.columns:
@@ -246,7 +249,7 @@ def _check_contents(codes, table, embeddings, present):
     for m, x in codes.items():
         codes[m] = check_codes(x, n_bits, f'codes of {m}')
         n_bits = codes[m].shape[1]*8
-        present = {m: np.ones(len(codes[m]), dtype=bool), **present}
+    present = {m: np.ones(n, dtype=bool) for m in codes or embeddings} | present
     embeddings = {m: np.asarray(x, dtype=np.float16) for m, x in embeddings.items()}
     for what, arrays in dict(codes=codes, embeddings=embeddings, presence=present).items():
         for m, x in arrays.items():
@@ -254,7 +257,7 @@ def _check_contents(codes, table, embeddings, present):
                 raise InputError(f"the {what} of {m} do not fit the table", found=f"{len(x)} rows", wanted=n)
             if what == 'embeddings' and not np.isfinite(x).all():
                 raise InputError(f"the embeddings of {m} are not finite in float16")
-    for m in codes: table[f'has_{m}'] = np.asarray(present[m], dtype=bool)
+    for m in codes or embeddings: table[f'has_{m}'] = np.asarray(present[m], dtype=bool)
     return codes, table, embeddings
 
 # %% ../../nbs/40_retrieval.codes.ipynb #cbc2dab8
@@ -271,8 +274,8 @@ def require(self:CodeStore,
                          remedy="encode the archive again, or load the weights that belong to it")
     if n_bits is not None and n_bits != self.n_bits:
         raise InputError(f"{where} have another length", found=f"{self.n_bits} bits", wanted=f"{n_bits} bits")
-    if modality is not None and modality not in self.codes:
-        raise unknown_name('modality of this store', modality, self.codes)
+    if modality is not None and modality not in self.modalities:
+        raise unknown_name('modality of this store', modality, self.modalities)
     return self
 
 # %% ../../nbs/40_retrieval.codes.ipynb #6c299b1a
@@ -290,7 +293,8 @@ def verify(self:CodeStore) -> CodeStore: # the same store
 # %% ../../nbs/40_retrieval.codes.ipynb #75c648d0
 @patch
 def _repr_markdown_(self:CodeStore):
-    rows = [f"| {m} | {self.n_bits} | {self.codes[m].nbytes/1e6:.1f} MB | {int(self.present(m).sum()):,} |"
+    size = lambda m: (self.codes if self.n_bits else self.embeddings)[m].nbytes/1e6
+    rows = [f"| {m} | {self.n_bits} | {size(m):.1f} MB | {int(self.present(m).sum()):,} |"
             for m in self.modalities]
     head = f"Codes of {len(self):,} items, made by weights `{self.weights_hash}`\n\n"
     return head + '\n'.join(['| modality | bits | size | items seen |', '|---|---|---|---|', *rows])
