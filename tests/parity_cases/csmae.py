@@ -219,8 +219,9 @@ def make_method(case, backbone="backbone_state_dict", decoder=None, **options):
     if decoder: heads |= dict(decoder_heads=case.constant("decoder_num_heads"))
     config = infer_config(ours, **heads)
     size = {k: v for k, v in config["backbone"].items() if k not in ("in_chans", "mlp_ratio", "norm_eps")}
-    size |= dict(decoder=config["decoder"]["kind"]) if decoder else dict(decoder_depth=1)
-    for k in ("embed_dim", "depth", "num_heads") if decoder else (): size[f"decoder_{k}"] = config["decoder"][k]
+    head = config["decoder"]
+    if head: size |= {f"decoder_{k}": head[k] for k in ("embed_dim", "depth", "num_heads")}
+    size |= dict(decoder=head["kind"]) if head else dict(decoder_depth=1)
     method = CSMAE({m: m for m in SENSORS}, norm=None, **size | options)
     missing, unexpected = method.load_state_dict(ours, strict=False)
     expected = "normalise." if decoder else ("normalise.", "decoder.")
