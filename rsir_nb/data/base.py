@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core import InputError, MissingFileError, RsirError, make_rng, unknown_name
 from ..sensors import Sensor, get_sensor
+from ..show import show_grid, stretch_of, to_rgb
 
 # %% ../../nbs/10_data.base.ipynb #149d5ba6
 class Vocab:
@@ -41,9 +42,9 @@ class Vocab:
 
     def encode(self, names:Iterable[str]) -> Tensor:
         "Multi-hot vector of `names`, (L,) float32."
-        out = torch.zeros(len(self))
+        out = np.zeros(len(self), np.float32)
         for o in names: out[self.index(o)] = 1
-        return out
+        return torch.from_numpy(out)
 
     def decode(self, vec:Sequence) -> list[str]:
         "The names whose position in `vec` holds more than 0.5."
@@ -75,18 +76,24 @@ class Archive:
         raise InputError(f"{type(self).__name__} has no method `read`")
 
     @cached_property
-    def ids(self) -> list[str]: return self.table['id'].tolist()
+    def ids(self) -> list[str]: return list(map(str, self.table['id']))
 
     @cached_property
     def numbers(self) -> dict[str, int]: return {o: i for i, o in enumerate(self.ids)}
+
+    @cached_property
+    def class_names(self) -> list:
+        "For every patch the list of its classes, or None where they are not known."
+        if self.vocab is None or 'labels' not in self.table: return [None]*len(self)
+        return [list(o) if isinstance(o, (list, tuple, np.ndarray)) else None for o in self.table['labels']]
 
     @cached_property
     def labels(self) -> np.ndarray|None:
         "All labels, (N,L) uint8, a row of zeros where unknown; None in an archive without labels."
         if self.vocab is None or 'labels' not in self.table: return None
         out = np.zeros((len(self), len(self.vocab)), np.uint8)
-        for row, names in zip(out, self.table['labels'], strict=True):
-            for o in names if _known(names) else []: row[self.vocab.index(o)] = 1
+        for row, names in zip(out, self.class_names, strict=True):
+            for o in names or []: row[self.vocab.index(o)] = 1
         return out
 
     def __len__(self): return len(self.table)
@@ -95,14 +102,12 @@ class Archive:
         i = self.number(key)
         out = dict(id=self.ids[i])
         for m, x in self.read(i).items(): out[m] = torch.as_tensor(x, dtype=torch.float32)
-        names = self.table['labels'].array[i] if self.vocab is not None and 'labels' in self.table else None
-        if _known(names): out['labels'] = self.vocab.encode(names)
+        names = self.class_names[i]
+        if names is not None: out['labels'] = self.vocab.encode(names)
         return out
 
 # %% ../../nbs/10_data.base.ipynb #cc377cd1
 class _OutOfRange(RsirError, IndexError): "A patch number beyond the archive's end."
-
-def _known(names): return isinstance(names, (list, tuple, np.ndarray))
 
 # %% ../../nbs/10_data.base.ipynb #9ca9c53e
 @patch
@@ -157,6 +162,22 @@ def _repr_markdown_(self:Archive):
     if 'place' in self.table: lines.append(f"| places | {self.table['place'].nunique():,} |")
     if self.vocab is not None: lines.append(f"| classes | {len(self.vocab)} |")
     return '\n'.join(lines)
+
+# %% ../../nbs/10_data.base.ipynb #893ecbb1
+@patch
+def show(self:Archive,
+    key:int|str=0, # a patch's number or id
+    composites:Mapping[str, str]|None=None, # modality -> a key of `STRETCHES`, where not the first that fits
+) -> np.ndarray: # the axes, one a modality
+    "Draw the patch `key`."
+    sample = self[key]
+    sensors = {m: o for m, o in self.sensors.items() if m in sample}
+    looks = {m: (composites or {}).get(m) for m in sensors}
+    titles = [f"{m}: {stretch_of(o, looks[m]).title}" for m, o in sensors.items()]
+    images = [to_rgb(sample[m], o, looks[m]) for m, o in sensors.items()]
+    names = self.class_names[self.number(key)]
+    title = sample['id'] + (f"\n{', '.join(names)}" if names else '')
+    return show_grid(images, titles, alts=[f"{sample['id']}, {o}" for o in titles], size=2.2, title=title)
 
 # %% ../../nbs/10_data.base.ipynb #db10dda4
 class Subset(Archive):
@@ -249,11 +270,11 @@ def _wrong_unit(x, unit):
     if unit == 'dB':
         want = "decibels, about -40..10"
         if low >= 0: return f"{span}, linear power or amplitude", want, "convert power with 10*log10(x)"
-        if low < -100 or high > 100: return f"{span}, a nodata mark or scaled values", want, "mask or rescale them"
+        if low < -100 or high > 100: return f"{span}, a nodata mark or other scale", want, "mask or rescale"
     if unit == 'DN':
         want = "reflectance x 10000, 0..65535"
         if high <= 2: return f"{span}, reflectance as a fraction", want, "multiply by 10000"
-        if low < -10000 or high > 65535: return f"{span}, a nodata mark or another scale", want, "mask or rescale"
+        if low < -5000 or high > 70000: return f"{span}, a nodata mark or other scale", want, "mask or rescale"
     if unit == 'byte':
         want = "brightness 0..255"
         if high <= 1: return f"{span}, brightness as a fraction", want, "multiply by 255"

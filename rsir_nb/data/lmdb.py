@@ -130,21 +130,23 @@ class LmdbWriter:
     def __init__(self,
         path:str|Path, # folder, made where it is not there
         map_size:int=1<<26, # bytes to begin with; grows by itself
+        fresh:bool=False, # whether what is there is to be deleted first
     ):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.guard = os.open(self.path/'writer.lock', os.O_RDWR|os.O_CREAT, 0o666)
         _GUARDS.add(self.guard)
-        try: self._open(map_size)
+        try: self._open(map_size, fresh)
         except BaseException:
             self._unguard()
             raise
 
-    def _open(self, map_size):
+    def _open(self, map_size, fresh):
         try: fcntl.flock(self.guard, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise BusyError(f"{self.path} is being written to by another process",
                             remedy="wait until it has ended") from e
+        for name in ['data.mdb', 'lock.mdb'] if fresh else []: (self.path/name).unlink(missing_ok=True)
         size = (self.path/'data.mdb').stat().st_size if (self.path/'data.mdb').is_file() else 0
         with _GATE:
             old = _OPEN.get(_key(self.path)) if size else None
@@ -176,6 +178,9 @@ def _try(self, records, delete):
     "Whether the records did fit."
     env = self.shared.env
     if env is None: raise InputError(f"the writer of {self.path} is closed")
+    page, last = env.stat()['psize'], env.info()['last_pgno']
+    most = last + 64 + sum(len(value)//page + 10 for _, value in records) + 10*len(delete)
+    if self.shared.file.stat().st_size < most*page: os.truncate(self.shared.file, most*page)
     try:
         with env.begin(write=True) as txn:
             for key, value in records: txn.put(key, value)
@@ -184,8 +189,6 @@ def _try(self, records, delete):
     except lmdb.Error as e:
         raise RsirError(f"{self.path} cannot be written to", found=str(e),
                         remedy="make room on the disk; what was committed before is kept") from e
-    size = (env.info()['last_pgno'] + 1)*env.stat()['psize']
-    if self.shared.file.stat().st_size < size: os.truncate(self.shared.file, size)
     return True
 
 LmdbWriter._try = _try
