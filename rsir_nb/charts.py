@@ -95,11 +95,16 @@ def show_curve(
             ax.fill_between(x, *map(_array, ranges[name]), color=_SERIES[i % 6], alpha=0.15, linewidth=0)
         if len(x): said.append(f"{name} from {y[0]:.3g} at {x[0]:g} to {y[-1]:.3g} at {x[-1]:g}")
     _frame(ax, title, xlabel, ylabel, ylim)
-    if 'x' in log: ax.set_xscale('log')
-    if 'y' in log: ax.set_yscale('log')
+    for o in log: _logarithmic(ax, o)
     if ys: ax.legend(fontsize=7, frameon=False, labelcolor=_INK, handlelength=3.5)
     tell(ax, f"{title or 'Curves'}, {ylabel or 'values'} over {xlabel or 'positions'}: {'; '.join(said)}")
     return ax
+
+# %% ../nbs/02b_charts.ipynb #ecc579a9
+def _logarithmic(ax, which):
+    "A logarithmic axis with plain numbers."
+    ax.set(**{f'{which}scale': 'log'})
+    getattr(ax, f'{which}axis').set_major_formatter('{x:g}')
 
 # %% ../nbs/02b_charts.ipynb #349ca495
 def show_bars(
@@ -117,12 +122,11 @@ def show_bars(
     n, x = len(table.columns), np.arange(len(table))
     ax = new_axes(ax, max(3, 1.5 + 0.4*table.size), 3)
     for i, name in enumerate(table):
-        bars = ax.bar(x + (i - (n - 1)/2)*0.84/n, table[name], 0.77/n, label=name, color=_SERIES[i % 6],
-                      edgecolor='white', linewidth=0, hatch=_HATCHES[i % 6])
-        if errors is not None:
-            ax.errorbar([o.get_center()[0] for o in bars], table[name], spread[name], fmt='none', ecolor=_INK,
-                        elinewidth=1, capsize=2)
-        ax.bar_label(bars, fmt=f'%.{digits}f', fontsize=6, color=_INK, padding=2)
+        at, y, around = x + (i - (n - 1)/2)*0.84/n, table[name], spread[name]
+        look = dict(color=_SERIES[i % 6], hatch=_HATCHES[i % 6], edgecolor='white', linewidth=0)
+        ax.bar(at, y, 0.77/n, label=name, **look)
+        if errors is not None: ax.errorbar(at, y, around, fmt='none', ecolor=_INK, elinewidth=1, capsize=2)
+        for o in zip(at, y, y.clip(0) + around, strict=True): _number(ax, *o, digits)
     ax.set_xticks(x, [textwrap.fill(str(o), 16) for o in table.index])
     if not ylim: ax.margins(y=0.2)
     _frame(ax, title, '', ylabel, ylim)
@@ -131,6 +135,12 @@ def show_bars(
     return ax
 
 # %% ../nbs/02b_charts.ipynb #5e8fbdf8
+def _number(ax, at, value, top, digits):
+    "A bar's value, above its bar and interval."
+    if np.isfinite(value):
+        ax.annotate(f"{value:.{digits}f}", (at, top), (0, 2), textcoords='offset points', fontsize=6,
+                    color=_INK, ha='center')
+
 def _bar_table(values):
     "Groups in rows, series in columns; plain numbers become one series without a name."
     if isinstance(values, pd.DataFrame): return values

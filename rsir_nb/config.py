@@ -85,7 +85,7 @@ def config_table(
     sources = [builder] if is_dataclass(builder) else _functions(builder)
     docs = {k: v for o in reversed(sources) for k, v in docments(o).items()}
     for key, p in group_arguments(group, name).items():
-        kind = '' if p.annotation is empty else inspect.formatannotation(p.annotation)
+        kind = '' if p.annotation is empty else re.sub(r'\w+\.', '', inspect.formatannotation(p.annotation))
         default = 'required' if p.default is empty else repr(p.default)
         rows[key] = dict(type=kind, default=default, meaning=docs.get(key) or '')
     return pd.DataFrame.from_dict(rows, 'index', columns=['type', 'default', 'meaning'])
@@ -185,7 +185,8 @@ def _check_group(group, found):
     for key, p in keys.items():
         if p.default is inspect.Parameter.empty and key not in found:
             raise InputError(f"{group}.{key} is not set", remedy=f"{what} needs it: {group}.{key}=...")
-        if key not in found and _plain(p.default): found[key] = p.default
+        if key not in found and _plain(p.default):
+            found[key] = list(p.default) if isinstance(p.default, tuple) else p.default
     return found
 
 def _plain(value):

@@ -154,6 +154,7 @@ body{margin:0}
 .rsir-page code,.rsir-page pre{font-family:ui-monospace,"SF Mono",Menlo,Consolas,monospace;font-size:.875em}
 .rsir-page pre{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.8rem;
   overflow-x:auto}
+.rsir-page main>figure{margin:1.25rem 0} .rsir-page main>figure img{border-radius:6px}
 .rsir-page dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem}
 .rsir-page dt{color:var(--quiet)} .rsir-page dd{margin:0}
 .rsir-skip{position:absolute;left:-100vw} .rsir-skip:focus{left:1rem;top:1rem}

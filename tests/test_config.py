@@ -1,0 +1,176 @@
+"Configs: layers, overrides, checks against signatures, and the file beside the weights."
+import json
+from dataclasses import dataclass
+
+import pytest
+from omegaconf import OmegaConf
+
+from rsir_nb import config
+from rsir_nb.config import (GROUPS, config_table, group_arguments, group_kwargs, list_configs, load_config,
+                            load_run_config, register_schema, save_config, to_dict)
+from rsir_nb.core import DATASETS, METHODS, InputError, MissingFileError, UnknownNameError, fill_registries
+
+
+def toy_archive(path: str, n: int = 8, betas: tuple = (1, 2), scale: float = 1.0, split: str | None = None):
+    return dict(path=path, n=n)
+
+
+class ToyBase:
+    def __init__(self, sensors, img_size: int = 120, norm: str | None = "ben_v2"): ...
+
+
+class ToyMethod(ToyBase):
+    def __init__(self, sensors, mask_ratio: float = 0.5, **kwargs): super().__init__(sensors, **kwargs)
+
+
+@dataclass(frozen=True)
+class ToyTrainer:
+    batch_size: int = 4 # patches in a step
+    precision: str = "32" # of the numbers
+
+
+def toy_optim(lr=1e-4, weight_decay=0.05, betas=(1, 2), warmup_epochs=10, epochs=150, schedule=""): ...
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    "Toy builders in place of the package's, so that nothing is imported and nothing is left behind."
+    monkeypatch.setitem(DATASETS.entries, "toy_archive", toy_archive)
+    monkeypatch.setitem(DATASETS.meta, "toy_archive", {})
+    monkeypatch.setitem(METHODS.entries, "toy_method", ToyMethod)
+    monkeypatch.setitem(METHODS.meta, "toy_method", {})
+    builders = dict(trainer=ToyTrainer, optim=toy_optim, hash=lambda n_bits=128: None)
+    for group in set(GROUPS) - {"data", "method"}:
+        monkeypatch.setitem(config.SCHEMAS, group, builders.get(group, lambda: None))
+    return ["data=toy_archive", "data.path=here", "method=toy_method"]
+
+
+def test_overrides_round_trip(toys):
+    changes = ["data.n=3", "data.betas=[3,4]", "data.split=null", "optim.lr=1e-3", "seed=5", "out=runs/x"]
+    cfg = load_config("base", [*toys, *changes])
+    wanted = dict(name="toy_archive", path="here", n=3, betas=[3, 4], scale=1.0, split=None)
+    assert to_dict(cfg.data) == wanted
+    assert (cfg.optim.lr, cfg.seed, cfg.out) == (0.001, 5, "runs/x")
+    again = load_config("base", [*toys, *(f"data.{k}={json.dumps(v)}" for k, v in cfg.data.items()
+                                          if k != "betas"), *changes])
+    assert again == cfg
+
+
+def test_choices_come_before_their_keys_whatever_the_order(toys):
+    assert load_config("base", toys[::-1]) == load_config("base", toys)
+
+
+def test_another_choice_leaves_no_key_of_the_old_one(toys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("data: {name: synthetic, n_places: 4}\nmethod: toy_method\n")
+    more = tmp_path / "more.yaml"
+    more.write_text("base: mine.yaml\ndata: {name: toy_archive, path: p}\n")
+    assert "n_places" not in load_config(more).data
+    assert load_config(more).out == "runs/more"
+
+
+def test_arguments_of_bases_are_keys_and_derived_ones_are_not(toys):
+    assert list(group_arguments("method", "toy_method")) == ["mask_ratio", "norm"]
+    with pytest.raises(InputError, match="not set by hand"):
+        load_config("base", [*toys, "method.img_size=60"])
+
+
+@pytest.mark.parametrize("override,text", [
+    ("method.mask_ration=1", "did you mean mask_ratio"), ("trainer.batchsize=1", "did you mean batch_size"),
+    ("dat.n=1", "did you mean data"), ("trainer=cpuu", "did you mean cpu"), ("trainr.x=1", "mean trainer")])
+def test_unknown_names_are_answered_with_the_nearest(toys, override, text):
+    with pytest.raises(UnknownNameError, match=text): load_config("base", [*toys, override])
+
+
+@pytest.mark.parametrize("override,text", [
+    ("data.n", "key=value"), ("--n=3", "key=value"), ("data.n = 3", "key=value"), ("data.n=[1", "quotes"),
+    ("data.n=many", "wanted int"), ("data.n=true", "wanted int"), ("data.n=1.5", "wanted int"),
+    ("data.scale=wide", "wanted float"), ("data=3", "cannot be set"), ("seed=x", "wanted int")])
+def test_bad_overrides_say_what_is_wanted(toys, override, text):
+    with pytest.raises(InputError, match=text): load_config("base", [*toys, override])
+
+
+def test_numbers_become_what_the_signature_says(toys):
+    cfg = load_config("base", [*toys, "data.scale=2", "trainer.precision=32"])
+    assert isinstance(cfg.data.scale, float) and cfg.trainer.precision == "32"
+
+
+def test_missing_arguments_and_paths(toys, monkeypatch):
+    monkeypatch.delenv("RSIR_DATA", raising=False)
+    with pytest.raises(InputError, match=r"data\.path is not set.*data\.path="):
+        load_config("base", [toys[0], toys[2]])
+    with pytest.raises(InputError, match="export RSIR_DATA"):
+        load_config("base", [*toys, "data.path=${oc.env:RSIR_DATA}/x"])
+    monkeypatch.setenv("RSIR_DATA", "archives")
+    assert load_config("base", [*toys, "data.path=${oc.env:RSIR_DATA}/x"]).data.path == "archives/x"
+
+
+def test_files_that_cannot_be_used(toys, tmp_path):
+    bad = tmp_path / "bad.yaml"
+    for text, match in (("a: [1", "not readable"), ("- 1", "no keys"), ("base: bad.yaml", "its own base")):
+        bad.write_text(text)
+        with pytest.raises(InputError, match=match): load_config(bad)
+    for text, match in (("base: nothing", "nothing"), ("daat: x", "did you mean data")):
+        bad.write_text(text)
+        with pytest.raises(UnknownNameError, match=match): load_config(bad)
+    with pytest.raises(MissingFileError): load_config(tmp_path / "none.yaml")
+
+
+def test_struct_mode(toys):
+    cfg = load_config("base", toys)
+    with pytest.raises(Exception, match="not in struct"): cfg.data.m = 3
+    assert group_kwargs(cfg.data)[0] == "toy_archive" and "name" not in group_kwargs(cfg.data)[1]
+
+
+def test_saved_config_is_complete(toys, tmp_path, monkeypatch):
+    monkeypatch.setenv("RSIR_DATA", "archives")
+    cfg = load_config("base", [*toys, "data.path=${oc.env:RSIR_DATA}/x"])
+    monkeypatch.delenv("RSIR_DATA")
+    save_config(cfg, tmp_path / "run")
+    assert load_run_config(tmp_path / "run") == cfg
+    versions = json.loads((tmp_path / "run/versions.json").read_text())
+    assert {"python", "git", "torch", "rsir_nb"} <= set(versions)
+    with pytest.raises(MissingFileError, match="a run"): load_run_config(tmp_path)
+
+
+def test_the_table_quotes_the_code(toys):
+    table = config_table("trainer")
+    assert table.loc["batch_size"].to_dict() == dict(type="int", default="4", meaning="patches in a step")
+    with pytest.raises(UnknownNameError, match="trainer"): register_schema("trainr", ToyTrainer)
+
+
+# ---- the packaged files, against the package's own builders
+
+VARIANTS = dict(csmae_cecd=(0, 12, "common"), csmae_cesd=(0, 12, "specific"),
+                csmae_secd=(10, 2, "common"), csmae_sesd=(10, 2, "specific"))
+
+
+@pytest.fixture(scope="module")
+def everything(): fill_registries()
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_packaged_configs_load(everything, name, monkeypatch):
+    monkeypatch.setenv("RSIR_DATA", "archives")
+    cfg = load_config(name)
+    assert "${" not in OmegaConf.to_yaml(cfg)
+
+
+@pytest.mark.parametrize("group,name", [(g, o) for g in GROUPS for o in list_configs(g)])
+def test_packaged_choices_are_legal(everything, group, name, monkeypatch):
+    monkeypatch.setenv("RSIR_DATA", "archives")
+    load_config("base", [f"{group}={name}"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_csmae_are_those_published(everything, name, monkeypatch):
+    monkeypatch.setenv("RSIR_DATA", "archives")
+    layer = OmegaConf.load(config.CONFIGS / f"{name}.yaml")
+    assert layer.base == "csmae" and len(layer.method) <= 4 and set(layer) == {"base", "method"}
+    cfg = load_config(name)
+    m, o = cfg.method, cfg.optim
+    assert (m.specific_depth, m.shared_depth, m.decoder) == VARIANTS[name]
+    assert (m.embed_dim, m.num_heads, m.patch_size, m.mask_ratio, m.temperature) == (768, 12, 15, 0.5, 0.5)
+    assert (m.decoder_embed_dim, m.decoder_depth, m.decoder_num_heads, m.norm) == (512, 8, 16, "ben_v1")
+    assert (o.lr, o.weight_decay, list(o.betas)) == (1e-4, 0.05, [0.9, 0.95])
+    assert (cfg.trainer.batch_size, o.epochs, o.warmup_epochs, o.schedule) == (128, 150, 10, "cosine")
