@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import DATASETS, InputError, MissingFileError, RsirError, unknown_name
+from ..core import DATASETS, InputError, MissingFileError, unknown_name
 from .base import Archive, check_patch, to_grid
-from .rasters import (RasterInfo, band_name, choose_bands, date_in_name, file_bands, fill_nodata,
-                                  find_files, footprints, nodata_mask, raster_info, read_raster, to_unit,
-                                  wkb_quads)
+from .rasters import (RasterInfo, SkipList, band_name, choose_bands, date_in_name, file_bands,
+                                  fill_nodata, find_files, footprints, nodata_mask, raster_info, read_raster,
+                                  scaling_of, to_unit, wkb_quads)
 from ..sensors import BANDS, SENSORS, Sensor, get_sensor
 
 # %% ../../nbs/16_data.scenes.ipynb #a54a859c
@@ -71,15 +71,6 @@ def _modality(sensor):
     home = homes.pop() if len(homes) == 1 else None
     return {'Sentinel-1': 's1', 'Sentinel-2': 's2'}.get(home, sensor.name)
 
-def _declared(info, scale, offset):
-    "Scale and offset to apply; what a file declares must be confirmed or replaced."
-    if scale is None and offset is None and info.scaling != (1, 0):
-        raise InputError(f"{info.path} declares that its numbers are scaled",
-                         found="scale {:g}, offset {:g}".format(*info.scaling),
-                         wanted="scale= and offset= that lead to dB or to reflectance x 10000",
-                         remedy="scale=1, offset=0 takes the numbers as they are")
-    return 1. if scale is None else scale, 0. if offset is None else offset
-
 # %% ../../nbs/16_data.scenes.ipynb #1345704b
 def _missing(info, channels, nodata):
     "Bool (H,W): where the scene has no data."
@@ -120,7 +111,7 @@ def _names(paths):
 def _cut(info, name, sensor, o):
     "The table of one scene, and how its windows are read; `o` holds the archive's options."
     channels = choose_bands(info, sensor, o['bands'])
-    scale, offset = _declared(info, o['scale'], o['offset'])
+    scale, offset = scaling_of(info, o['scale'], o['offset'])
     nodata = info.nodata if o['nodata'] is None else o['nodata']
     if info.crs is None:
         if o['crs'] is None:
@@ -176,19 +167,16 @@ class SceneArchive(Archive):
     ):
         options = dict(img_size=img_size, stride=stride, partial=partial, max_nodata=max_nodata,
                        nodata=nodata, bands=bands, scale=scale, offset=offset, crs=crs)
-        self.scenes, tables, skipped = {}, [], []
+        self.scenes, tables, skips = {}, [], SkipList(on_error)
         files = find_files(paths)
         for path, name in zip(files, _names(files), strict=True):
-            try:
+            with skips.guard(path):
                 info = raster_info(path)
                 sensor = sensor_of(info, bands) if sensor is None else get_sensor(sensor)
                 table, self.scenes[info.path] = _cut(info, name, sensor, options)
                 tables.append(table)
-            except RsirError as e:
-                if on_error != 'skip' or len(files) == 1: raise
-                skipped.append(dict(source=str(path), reason=str(e)))
-        self.skipped = pd.DataFrame(skipped, columns=['source', 'reason'])
-        if not tables: raise InputError("no scene can be used", found=skipped[0]['reason'])
+        self.skipped = skips.table
+        if not tables: raise InputError("no scene can be used", found=skips.rows[0]['reason'])
         self.modality = modality or _modality(sensor)
         super().__init__(pd.concat(tables), {self.modality: sensor})
 
@@ -213,6 +201,7 @@ def _read_folder(path, sensor, size):
 def _read_file(path, sensor, bands, nodata):
     info = raster_info(path)
     raw = read_raster(path, choose_bands(info, sensor, bands))
+    if sensor.unit == 'byte': return info, raw, np.zeros(raw.shape[1:], bool)   # black is a colour
     return info, raw, nodata_mask(raw, info.nodata if nodata is None else nodata)
 
 # %% ../../nbs/16_data.scenes.ipynb #fc21cf9a
@@ -247,7 +236,7 @@ def read_patch_file(
         scale, offset = 1. if scale is None else scale, 0. if offset is None else offset
     else:
         info, raw, mask = _read_file(path, sensor, bands, nodata)
-        scale, offset = _declared(info, scale, offset)
+        scale, offset = scaling_of(info, scale, offset)
     if mask.mean() > max_nodata:
         raise InputError(f"{path} is nearly empty", found=f"no data in {mask.mean():.0%} of its pixels",
                          wanted=f"at most {max_nodata:.0%}")
