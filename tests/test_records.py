@@ -15,8 +15,8 @@ import pytest
 import safetensors.numpy
 
 from rsir_nb.core import CorruptError, RsirError, UnsafeFileError
-from rsir_nb.data.lmdb import LmdbReader
-from rsir_nb.data.records import (BAND_CLASSES, NUMPY_NAMES, PATCH_CLASSES, dump_v1_record, load_tuple_record,
+from rsir_nb.data.encoder import dump_v1_record
+from rsir_nb.data.records import (BAND_CLASSES, NUMPY_NAMES, PATCH_CLASSES, LmdbReader, load_tuple_record,
                                   load_v1_record, load_v2_record)
 
 RNG = np.random.default_rng(0)
