@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, MissingFileError, content_hash
-from .base import Archive, Vocab, assign_splits, check_patch, read_split_csvs, to_grid
+from .base import Archive, Vocab, assign_splits, read_split_csvs
+from .checks import check_patch, to_grid
 from .labels import BEN19, CLASS_43_TO_19, get_vocab, label_name, to_19_labels
 from .lmdb import LmdbReader
 from .rasters import SkipList

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError
-from .base import Archive, Vocab, check_patch, to_grid
+from .base import Archive, Vocab
+from .checks import check_patch, to_grid
 from .rasters import (SkipList, choose_bands, date_in_name, fill_nodata, find_files,
                                   footprints, nodata_mask, raster_info, read_raster, scaling_of, to_unit)
 from ..sensors import Sensor, get_sensor

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core import DATASETS, InputError, MissingFileError, unknown_name
-from .base import Archive, check_patch, to_grid
+from .base import Archive
+from .checks import check_patch, to_grid
 from .rasters import (RasterInfo, SkipList, band_name, choose_bands, date_in_name, file_bands,
                                   fill_nodata, find_files, footprints, nodata_mask, raster_info, read_raster,
                                   scaling_of, to_unit, wkb_quads)

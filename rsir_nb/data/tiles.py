@@ -45,11 +45,12 @@ def tile_origin(
     if not (1 <= zone <= 60 and 1 <= east <= 8):
         raise InputError(f"{tile!r} is no Sentinel-2 tile", wanted="a name such as '33UUP'")
     lowest = np.deg2rad(8*bands.index(band) - 80)
-    metres = 0.9996*(6367449*lowest - 16038.5*np.sin(2*lowest)) + (1e7 if lowest < 0 else 0)
+    false_north = 10_000_000 if lowest < 0 else 0
+    metres = 0.9996*(6367449*lowest - 16038.5*np.sin(2*lowest)) + false_north
     north = (rows.index(row) - 5*(zone % 2 == 0)) % 20
     north += 20*int(np.ceil((metres/1e5 - 1 - north) / 20))
-    return (f"EPSG:{32700 if lowest < 0 else 32600}"[:-2] + f"{zone:02d}",
-            east*100_000 // 60 * 60, -(-(north + 1)*100_000 // 60) * 60)
+    top = false_north - (false_north - (north + 1)*100_000) // 60 * 60
+    return f"EPSG:{(32700 if lowest < 0 else 32600) + zone}", east*100_000 // 60 * 60, top
 
 # %% ../../nbs/10e_data.tiles.ipynb #4d9089f9
 def patch_places(
