@@ -151,6 +151,18 @@ class TensorArchive(Archive):
 
     def read(self, i:int) -> dict[str, Tensor]: return {m: x[i] for m, x in self.arrays.items()}
 
+# %% ../../nbs/10_data.base.ipynb #dbf0e18e
+@patch
+def has(self:Archive,
+    *modalities:str, # keys of `sensors`
+) -> np.ndarray: # bool, (N,)
+    "Which patches have all of `modalities`."
+    for m in modalities:
+        if m not in self.sensors: raise unknown_name('modality of this archive', m, self.sensors)
+    if 'modalities' not in self.table: return np.ones(len(self), bool)
+    wanted = set(modalities)
+    return np.array([o is None or wanted.issubset(o) for o in self.table['modalities']], dtype=bool)
+
 # %% ../../nbs/10_data.base.ipynb #bb9ceb13
 @patch
 def _repr_markdown_(self:Archive):
@@ -234,11 +246,18 @@ class _Concat(Archive):
         if len(vocabs) > 1:
             raise InputError("the archives have different classes", found=[len(o) for o in vocabs],
                              remedy="map the labels to one vocabulary first")
-        super().__init__(pd.concat([a.table for a in archives]), sensors, next(iter(vocabs), None))
+        same = all(set(a.sensors) == set(sensors) and 'modalities' not in a.table for a in archives)
+        tables = [a.table if same else a.table.assign(modalities=_present(a)) for a in archives]
+        super().__init__(pd.concat(tables), sensors, next(iter(vocabs), None))
 
     def read(self, i):
         part = int(np.searchsorted(self.starts, i, 'right')) - 1
         return self.parts[part].read(i - int(self.starts[part]))
+
+def _present(archive):
+    "For each patch the list of its modalities."
+    each = [np.where(archive.has(m), m, '') for m in archive.sensors]
+    return [[m for m in names if m] for names in zip(*each, strict=True)]
 
 # %% ../../nbs/10_data.base.ipynb #b58c5a78
 def concat_archives(

@@ -40,6 +40,8 @@ class StoreWriter:
         batch_bytes:int=1<<25, # commit when so much has been collected
     ):
         self.path, self.header, self.schema, self.batch_bytes = Path(path), header, schema, batch_bytes
+        if schema is not None and 'modalities' not in schema.names:
+            self.schema = schema.append(pa.field('modalities', pa.list_(pa.string())))
         self.lmdb = LmdbWriter(path, fresh=overwrite)
         try: self.ids = self._join(header)
         except BaseException:
@@ -60,7 +62,8 @@ class StoreWriter:
         "Add an encoded patch with its row of the table."
         if id in self.known: raise InputError(f"{id} is in the store already")
         self.records.append((_patch_key(len(self.ids)), record))
-        self.rows.append({**(row or {}), 'id': id})
+        present = [m for m, kind in zip(self.layout.shapes, record[8:], strict=False) if kind]
+        self.rows.append({**(row or {}), 'id': id, 'modalities': present})
         self.ids.append(id)
         self.known.add(id)
         self.waiting += len(record)
@@ -227,7 +230,8 @@ class PatchStore(Archive):
             lambda txn: (_read_header(txn, path), _read_table(txn, path)[0]))
         self.layout = RecordLayout(self.header)
         table = table.to_pandas()
-        if 'labels' in table: table['labels'] = [None if o is None else list(o) for o in table['labels']]
+        for key in {'labels', 'modalities'} & set(table):
+            table[key] = [None if o is None else list(o) for o in table[key]]
         vocab = Vocab(self.header.vocab) if self.header.vocab else None
         super().__init__(table, self.header.sensors, vocab)
 
