@@ -167,7 +167,9 @@ class PairedFolders(Archive):
     def _look(self, modality, home, check, skips):
         files, infos = self.files[modality], {}
         for path in find_files(home, _IMAGES):
-            with skips.guard(path): infos[path.stem] = files.look(path, check)
+            with skips.guard(path):
+                if path.stem in infos: raise InputError(f"{home} has the name {path.stem} twice", found=path)
+                infos[path.stem] = files.look(path, check)
         return _same_size(infos, files.img_size, skips)
 
     def read(self, i:int) -> dict[str, Tensor]:

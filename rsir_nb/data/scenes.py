@@ -26,7 +26,7 @@ from ..sensors import BANDS, SENSORS, Sensor, get_sensor
 # %% ../../nbs/16_data.scenes.ipynb #a54a859c
 def _starts(length, size, stride, partial):
     "Where windows begin along one side."
-    if partial == 'pad': return np.arange(0, max(length - size, 0) + stride, stride)
+    if partial == 'pad': return np.arange(0, min(max(length - size, 0) + stride, length), stride)
     starts = np.arange(0, length - size + 1, stride)
     rest = len(starts) and starts[-1] + size < length
     return np.append(starts, length - size) if partial == 'shift' and rest else starts
