@@ -81,16 +81,17 @@ def _pair_distances(xq, x, query, at, metric):
 
 def _lengths(x): return np.sqrt(np.einsum('nd,nd->n', x, x))
 
-def _rounding(xq, x):
+def _rounding(xq, x, metric):
     "How far apart two float32 sums of one pair may come out: a generous bound for every query, (Q,)."
-    return 4*np.sqrt(x.shape[1])*np.finfo(np.float32).eps*(_lengths(xq) + _lengths(x).max())**2
+    longest = 1 if metric == 'cosine' else _lengths(x).max()
+    return 4*np.sqrt(x.shape[1])*np.finfo(np.float32).eps*(_lengths(xq) + longest)**2
 
 # %% ../../nbs/42_retrieval.vectors.ipynb #569670b9
 @patch
 def _nearest(self:VectorIndex, xq, k, rows):
     x = self.vectors if rows is None else self.vectors[rows]
     dists, at = np.empty((len(xq), k), np.float32), np.empty((len(xq), k), np.int64)
-    open_, room, slack = np.arange(len(xq)), min(len(x), k + 16), _rounding(xq, x)
+    open_, room, slack = np.arange(len(xq)), min(len(x), k + 16), _rounding(xq, x, self.metric)
     while len(open_):
         near, found = _propose(xq[open_], x, room, self.metric)
         done = (near[:, -1] - near[:, k-1] > slack[open_]) | (room == len(x))
@@ -113,7 +114,7 @@ def _propose(xq, x, k, metric):
 @patch
 def _within(self:VectorIndex, xq, radius, rows):
     x = self.vectors if rows is None else self.vectors[rows]
-    query, dists, at, slack = [], [], [], _rounding(xq, x)
+    query, dists, at, slack = [], [], [], _rounding(xq, x, self.metric)
     squares = (x**2).sum(1)
     for i in range(0, len(xq), step := max(1, 2**24 // len(x))):
         q = xq[i:i+step]
