@@ -57,19 +57,20 @@ def _sensor_map(sensors):
     return out
 
 # %% ../../nbs/14_data.bigearthnet.ipynb #6da823c4
-def _indexed(path, keys, scan, skips):
-    "The table that `scan` makes, from the file `path` if it holds that of the same `keys`."
-    stamp = content_hash('\n'.join(keys).encode())
+def _files(paths): return [] if paths is None else [paths] if isinstance(paths, (str, Path)) else list(paths)
+
+def _indexed(path, keys, metadata, make, skips):
+    "The table that `make` makes, from the file `path` if it holds that of the same `keys` and lists."
+    lists = [(Path(o).name, Path(o).stat().st_size) for o in metadata if Path(o).is_file()]
+    stamp = content_hash('\n'.join(keys).encode(), lists)
     if path is not None and Path(path).is_file():
         table = read_geoparquet(path)
         bad = table.attrs.get('skipped', [])
         if table.attrs.get('stamp') == stamp and not (bad and skips.on_error == 'raise'):
             skips.rows += bad
             return table
-    table = scan(keys, skips)
-    if path is not None:
-        whole = table if 'geometry' in table else table.assign(geometry=None)
-        write_geoparquet(whole, path, metadata=dict(stamp=stamp, skipped=skips.rows))
+    table = make(keys)
+    if path is not None: write_geoparquet(table, path, metadata=dict(stamp=stamp, skipped=skips.rows))
     return table
 
 # %% ../../nbs/14_data.bigearthnet.ipynb #01363534
@@ -85,11 +86,14 @@ def _in_vocab(name, classes, vocab):
 
 def _labelled(table, vocab, skips):
     "The rows whose classes are known names, with a column `labels`."
-    good = {}
+    good, known = {}, {None: None}
     for i, (name, classes) in enumerate(zip(table['id'], table['classes'], strict=True)):
-        with skips.guard(name): good[i] = None if classes is None else _in_vocab(name, classes, vocab)
+        key = None if classes is None else tuple(classes)
+        with skips.guard(name):
+            if key not in known: known[key] = _in_vocab(name, classes, vocab)
+            good[i] = known[key]
     labels = pd.Series(list(good.values()), dtype=object).array
-    return table.drop(columns='classes').iloc[list(good)].assign(labels=labels)
+    return table.drop(columns='classes').iloc[list(good)].assign(labels=labels).reset_index(drop=True)
 
 # %% ../../nbs/14_data.bigearthnet.ipynb #40f17813
 def sensor_rows(
@@ -112,20 +116,23 @@ def _first(*columns):
 
 def _placed(table):
     "The table with date, season, place, crs and geometry."
-    table = table.reset_index(drop=True)
-    names = [o for o in ('s1_name', 's2_name', 's1_key', 's2_key') if o in table]
-    table[names] = table[names].astype(object).where(table[names].notna(), None)
     s2, s1 = parse_names(table['s2_name']), parse_names(table['s1_name'])
     tile, col, row = (_first(s2[o], s1[o]) for o in ('tile', 'col', 'row'))
     found = patch_places(tile, col, row)
     found['date'] = pd.to_datetime(_first(s2['date'], s1['date']))
     found['season'], found['place'] = season_of(found['date']), _first(tile, s2['product'], s1['product'])
     have = {o: _first(table[o], found[o]) for o in found if o in table}
-    return table.assign(**dict(found) | have)
+    return _plain(table.assign(**dict(found) | have))
+
+def _plain(table):
+    "The table with objects for text, and None where something is unknown."
+    text = table.columns[[o.kind not in 'biufM' for o in table.dtypes]]
+    return table.assign(**{o: _first(table[o]) for o in text}).reset_index(drop=True)
 
 # %% ../../nbs/14_data.bigearthnet.ipynb #2e049226
-def _v1_list(table, path, skips):
+def _v1_list(table, files, skips):
     "The table with the partner, country and season of the published list."
+    path, = files
     if not Path(path).is_file(): raise MissingFileError(f"{path} is not there")
     known, wanted = pd.read_csv(path, dtype=str), ['s1_name', 's2_name', 'country', 'season']
     if not set(wanted) <= set(known):
@@ -137,9 +144,8 @@ def _v1_list(table, path, skips):
     return table.assign(**{o: _first(table[o], found[o]) if o in table else _first(found[o]) for o in found})
 
 # %% ../../nbs/14_data.bigearthnet.ipynb #0b4469f8
-def _v2_table(table, metadata, skips):
+def _v2_table(table, files, skips):
     "Pairs, labels and splits from the metadata; `table` has a row a record."
-    files = [metadata] if isinstance(metadata, (str, Path)) else list(metadata)
     known = pd.concat([read_geoparquet(o) for o in files]).reset_index(drop=True)
     wanted = ['patch_id', 's1_name', 'labels', 'split']
     if not set(wanted) <= set(known):
@@ -189,15 +195,19 @@ class BigEarthNet(Archive):
         sensors = _sensor_map(sensors)
         self.grid = dict(size=img_size, mode=resampling, align_corners=align_corners)
         self.wanted = {b for o in sensors.values() for b in o.bands}
-        table = _indexed(index, self.keys(), self.scan, skips)
+        lists, keys = _files(metadata), self.keys()
+        table = _plain(_indexed(index, keys, lists, lambda o: self._made(o, lists, skips), skips))
         if table.empty: raise InputError(f"{self.path} holds no patch that can be used",
                                          found=skips.rows[0]['reason'] if skips.rows else None)
-        if metadata is not None: table = _JOIN[self.version](table, metadata, skips)
-        table = _placed(_labelled(table, vocab, skips))
+        table = _labelled(table, vocab, skips).assign(source=self.path)
         if split_dir is not None: table = _split(table, split_dir, skips)
         self.homes = {o: table.pop(f'{o}_key').tolist() for o in ('s1', 's2')}
         self.skipped = skips.table
         super().__init__(table, sensors, vocab)
+
+    def _made(self, keys, lists, skips):
+        table = self.scan(keys, skips)
+        return _placed(_JOIN[self.version](table, lists, skips) if lists and len(table) else table)
 
     def read(self, i:int) -> dict[str, Tensor]:
         arrays, out = self.bands(i), {}

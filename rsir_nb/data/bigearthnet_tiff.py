@@ -85,7 +85,7 @@ class BenV1Tiff(_Tiffs):
                 row = _v1_row(sensor, Path(self.folders[sensor], name))
                 own = {f'{sensor}_name': name, f'{sensor}_key': name}
                 rows[row['id']] = row | rows.get(row['id'], {}) | own
-        table = pd.DataFrame(list(rows.values()), columns=columns).assign(geometry=None)
+        table = pd.DataFrame([rows[o] for o in sorted(rows)], columns=columns).assign(geometry=None)
         for crs, part in table.groupby('crs'):
             polygons = footprints(np.stack(list(part['corners'])), crs)
             table.loc[part.index, 'geometry'] = pd.Series(polygons, part.index, dtype=object)
