@@ -7,7 +7,7 @@ __all__ = ['StoreWriter', 'StoreReport', 'write_store', 'PatchStore']
 
 # %% ../../nbs/11_data.store.ipynb #3489747f
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Mapping
 
@@ -86,10 +86,8 @@ def commit(self:StoreWriter):
     rows = _to_parquet(pa.Table.from_pylist(self.rows, schema=self.schema))
     key = b'rows' + struct.pack('>Q', self.committed)
     records = [*self.records, (key, seal(rows, key))]
-    if self.header.complete:
-        self.header.complete = False
-        records.append((b'header', seal(self.header.to_json(), b'header')))
-    self.lmdb.commit(records)
+    self.header = replace(self.header, count=len(self.ids), complete=False)
+    self.lmdb.commit([*records, (b'header', seal(self.header.to_json(), b'header'))])
     self.records, self.rows, self.waiting, self.committed = [], [], 0, len(self.ids)
 
 # %% ../../nbs/11_data.store.ipynb #e9d9626f
@@ -100,7 +98,7 @@ def finish(self:StoreWriter):
     if self.header.complete: return
     reader = LmdbReader(self.path, lock=True)
     table, keys = reader.transact(lambda txn: _read_table(txn, self.path))
-    self.header.complete = True
+    self.header = replace(self.header, complete=True)
     self.lmdb.commit([(b'header', seal(self.header.to_json(), b'header')),
                       (b'table', seal(_to_parquet(table), b'table'))], delete=keys)
 
@@ -118,7 +116,7 @@ def _join(self:StoreWriter, header):
             raise InputError(f"{self.path} is a store of another kind: its {name} differ",
                              found=str(getattr(old, name))[:200], wanted=str(getattr(header, name))[:200],
                              remedy="choose another path, or overwrite=True")
-    header.complete = old.complete
+    self.header = old
     return reader.transact(lambda txn: _read_table(txn, self.path))[0]['id'].to_pylist()
 
 # %% ../../nbs/11_data.store.ipynb #81145228
@@ -136,9 +134,13 @@ def _read_table(txn, path):
         if not bytes(key).startswith(b'rows'): break
         parts.append((bytes(key), value))
     bodies = [bytes(unseal(value, key, f"the table of {path}")) for key, value in parts]
-    none = pa.table(dict(id=pa.array([], pa.string())))
+    none, count = pa.table(dict(id=pa.array([], pa.string()))), _read_header(txn, path).count
     tables = [pq.read_table(pa.BufferReader(o)) for o in bodies] or [none]
-    return pa.concat_tables(tables, promote_options='permissive'), [k for k, _ in parts if k != b'table']
+    table = pa.concat_tables(tables, promote_options='permissive')
+    if len(table) != count:
+        raise CorruptError(f"the table of {path} is damaged", found=f"{len(table):,} rows",
+                           wanted=f"{count:,}", remedy="write the store again")
+    return table, [k for k, _ in parts if k != b'table']
 
 def _to_parquet(table):
     sink = pa.BufferOutputStream()
