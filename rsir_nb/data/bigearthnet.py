@@ -170,6 +170,15 @@ def _must_have(what, names, have, skips):
                                     found=f"{len(absent):,} of {len(names):,}, such as {absent[0]}",
                                     remedy="pass on_error='skip' if this is a part of the archive")
 
+def _split_files(folder):
+    return [p for p in sorted(Path(folder).glob('*.csv*')) if p.name.startswith(('train', 'val', 'test'))]
+
+def _partners(folder):
+    "Sentinel-2 name -> Sentinel-1 name, from lists with two columns."
+    tables = [pd.read_csv(p, header=None, dtype=str) for p in _split_files(folder) if p.stat().st_size]
+    return {a: b for o in tables if o.shape[1] > 1 for a, b in zip(o[0], o[1], strict=True)
+            if str(a).startswith('S2') and str(b).startswith('S1')}
+
 def _split(table, folder, skips):
     "The table with a column `split` from the lists in `folder`."
     names = _first(table['s2_name'], table['id'])
@@ -196,7 +205,9 @@ class BigEarthNet(Archive):
         self.grid = dict(size=img_size, mode=resampling, align_corners=align_corners)
         self.wanted = {b for o in sensors.values() for b in o.bands}
         lists, keys = _files(metadata), self.keys()
-        table = _plain(_indexed(index, keys, lists, lambda o: self._made(o, lists, skips), skips))
+        known = lists + ([] if split_dir is None else _split_files(split_dir))
+        make = lambda keys: self._made(keys, lists, split_dir, skips)
+        table = _plain(_indexed(index, keys, known, make, skips))
         if table.empty: raise InputError(f"{self.path} holds no patch that can be used",
                                          found=skips.rows[0]['reason'] if skips.rows else None)
         table = _labelled(table, vocab, skips).assign(source=self.path)
@@ -205,9 +216,12 @@ class BigEarthNet(Archive):
         self.skipped = skips.table
         super().__init__(table, sensors, vocab)
 
-    def _made(self, keys, lists, skips):
+    def _made(self, keys, lists, split_dir, skips):
         table = self.scan(keys, skips)
-        return _placed(_JOIN[self.version](table, lists, skips) if lists and len(table) else table)
+        if lists and len(table): table = _JOIN[self.version](table, lists, skips)
+        if split_dir is not None:
+            table = table.assign(s1_name=_first(table['s1_name'], table['s2_name'].map(_partners(split_dir))))
+        return _placed(table)
 
     def read(self, i:int) -> dict[str, Tensor]:
         arrays, out = self.bands(i), {}
