@@ -131,7 +131,7 @@ class BandCCA(BandStatistics):
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, two of them
         n_components:int|None=None, # length of the embedding; as long as possible by default
-        ridge:float=0.1, # added to the variance of each statistic, which is 1; more for few places
+        ridge:float=0.03, # added to the variance of each statistic, which is 1; more for few places
         power:float=0.5, # each combination is multiplied with its correlation to this power
         **kwargs, # as `Method` takes them
     ):
