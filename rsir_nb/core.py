@@ -6,10 +6,10 @@
 __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError', 'InputError', 'UnknownNameError',
            'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'unknown_name', 'Registry',
            'legal_arguments', 'check_arguments', 'fill_registries', 'atomic_path', 'write_json', 'read_json',
-           'content_hash', 'make_rng', 'declare_torchvision_ops']
+           'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
 
 # %% ../nbs/00_core.ipynb #266f6cab
-import hashlib, importlib, importlib.util, inspect, json, os, shutil, sys, tempfile
+import ctypes, hashlib, importlib, importlib.util, inspect, json, os, shutil, sys, tempfile
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -184,9 +184,11 @@ def atomic_path(
     try:
         yield part
         _sync(part)
-        if part.is_dir() and path.is_dir(): shutil.rmtree(path)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if part.is_dir() and path.is_dir(): os.replace(path, old)
         os.replace(part, path)
         _sync(path.parent)
+        if old.is_dir(): shutil.rmtree(old)
     finally:
         if part.is_dir(): shutil.rmtree(part)
         elif part.exists(): part.unlink()
@@ -254,3 +256,12 @@ def declare_torchvision_ops():
         schema = '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
         for op in 'nms', 'qnms': library.define(op + schema)
         declare_torchvision_ops.library = library
+
+# %% ../nbs/00_core.ipynb #4a920bfb
+def keep_freed_memory():
+    "Let this process keep large blocks that it frees, for its next large block."
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'mallopt'): return
+    mmap_threshold, trim_threshold = -3, -1
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, 2**31 - 1)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core import (METHODS, CorruptError, InputError, MissingFileError, Registry, atomic_path,
-                          content_hash, declare_torchvision_ops, legal_arguments, make_rng,
+                          content_hash, declare_torchvision_ops, keep_freed_memory, legal_arguments, make_rng,
                           read_json, unknown_name)
 from .inputs import InputAdapter
 from .optim import OptimConfig, make_optim, make_optimizer
@@ -86,6 +86,7 @@ class Method(pl.LightningModule):
         optim:OptimConfig|Mapping|None=None, # the optimiser's settings
         seed:int=0, # of the random numbers drawn in training
     ):
+        keep_freed_memory()
         super().__init__()
         self.inputs = InputAdapter(sensors, img_size, norm, band_orders, transpose)
         self.sensors, self.img_size = self.inputs.sensors, img_size
