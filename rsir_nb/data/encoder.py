@@ -11,7 +11,7 @@ import struct
 import numpy as np
 
 # %% ../../nbs/10f_data.encoder.ipynb #13eae705
-_PACKAGE = 'bigearthnet_patch_interface.'
+_PACKAGE, _KEEP, _AGAIN = 'bigearthnet_patch_interface.', b'q', b'h'
 
 def _dump(value):
     "Instructions that push `value`; a dict's values are instructions already."
@@ -39,15 +39,21 @@ def dump_v1_record(
 ) -> bytes: # a value for a BigEarthNet v1 LMDB with both sensors
     "A record in the layout of `bigearthnet_encoder`, protocol 4."
     by_size = {120: 'BenS2_10mBand', 60: 'BenS2_20mBand', 20: 'BenS2_60mBand'}
-    s1, s2 = {}, {}
-    for name, x in bands.items():
+    s1, s2, kept = {}, {}, {}
+    for k, (name, x) in enumerate(bands.items()):
         home = s1 if name in ('VH', 'VV') else s2
         kind = 'BenS1_Band' if home is s1 else by_size.get(len(x), 'BenS2_10mBand')
-        fields = dict(name=_dump(name), spatial_resolution=_dump(1200//len(x)), data_shape=_dump(x.shape),
-                      data=_dump(x))
-        state = dict(__dict__=_dump(fields), __fields_set__=b'\x8f', __private_attribute_values__=b'}')
-        home[f"band{name.removeprefix('B')}"] = _dump_object(f'band_interface.{kind}', state)
+        fields = dict(name=_dump(name), spatial_resolution=_dump(1200//len(x)),
+                      data_shape=_dump(x.shape), data=_dump(x))
+        given = b'\x8f(' + _dump('name') + _dump('data') + b'\x90'
+        state = dict(__dict__=_dump(fields), __fields_set__=given, __private_attribute_values__=b'}')
+        key = f"band{name.removeprefix('B')}"
+        home[key] = _dump_object(f'band_interface.{kind}', state) + _KEEP + bytes([k])
+        kept[key] = _AGAIN + bytes([k])
+    listed = lambda keys: b'](' + b''.join(kept[o] for o in keys) + b'e'
+    both, said = [*s1, *s2], dict(labels=_dump(labels), new_labels=_dump(new_labels))
+    s1, s2 = (o | dict(bands=listed(o), __stored_args__=b'}') for o in (s1, s2))
     parts = dict(s1_patch=_dump_object('s1_interface.BigEarthNet_S1_Patch', s1),
                  s2_patch=_dump_object('s2_interface.BigEarthNet_S2_Patch', s2),
-                 labels=_dump(labels), new_labels=_dump(new_labels))
+                 bands=listed(both), **said, __stored_args__=_dump(said))
     return b'\x80\x04' + _dump_object('merged_interface.BigEarthNet_S1_S2_Patch', parts) + b'.'

@@ -6,7 +6,7 @@
 __all__ = ['NUMBER', 'AGROFORESTRY', 'ARABLE', 'BEACH', 'BROADLEAVED', 'COASTAL_WETLAND', 'COMPLEX', 'CONIFEROUS', 'INDUSTRY',
            'INLAND_WATER', 'INLAND_WETLAND', 'MOSAIC', 'SEA', 'MIXED', 'MOOR', 'GRASSLAND', 'PASTURE', 'ORCHARD',
            'SHRUB', 'TOWN', 'FARMED', 'BIOMES', 'EXTRAS', 'COLOURS', 'smooth_noise', 'hashed', 'Fields', 'make_fields',
-           'Land', 'make_land', 'cover_picture', 'cover_labels']
+           'landscape_of', 'Land', 'make_land', 'cover_picture', 'cover_labels']
 
 # %% ../../nbs/11c_data.landcover.ipynb #a357185b
 from dataclasses import dataclass
@@ -95,7 +95,8 @@ def make_fields(
     large = rng.uniform(.8, 1.4)
     length, width = ((large*rng.uniform(*o, n)).astype(np.float32)[block] for o in ((24, 60), (10, 28)))
     if crowded is not None:
-        length, width = np.where(crowded, .5*length, length), np.where(crowded, np.minimum(.4*width, 7), width)
+        length = np.where(crowded, .5*length, length)
+        width = np.where(crowded, np.minimum(.4*width, 7), width)
     row = np.floor(across/width)
     start = hashed(row, block)*length
     col = np.floor((along + start)/length)
@@ -103,8 +104,9 @@ def make_fields(
     edge = np.minimum(np.minimum(u, 1 - u)*length, np.minimum(v, 1 - v)*width)
     parcel = (col*7919 + row*104729).astype(np.int32) + block.astype(np.int32)*15485
     u, v = (col + np.float32(.5))*length - start, (row + np.float32(.5))*width
-    middle = [np.clip(o, 0, size - 1).astype(np.int32) for o, size in zip((u*s + v*c, u*c - v*s), shape, strict=True)]
-    return Fields(block, lane, along, across, parcel, edge, tuple(middle))
+    rotated = zip((u*s + v*c, u*c - v*s), shape, strict=True)
+    y, x = (np.clip(o, 0, size - 1).astype(np.int32) for o, size in rotated)
+    return Fields(block, lane, along, across, parcel, edge, (y, x))
 
 # %% ../../nbs/11c_data.landcover.ipynb #be4b2b40
 NUMBER = {name: i for i, name in enumerate(BEN19)}   # class -> its number in a map
@@ -118,8 +120,16 @@ BIOMES = dict(
     coast={PASTURE: .6, MOOR: .5, GRASSLAND: .4, COMPLEX: .3, CONIFEROUS: .3, MOSAIC: .3},
     upland={GRASSLAND: 1, MOOR: .8, SHRUB: .7, CONIFEROUS: .4, BROADLEAVED: .5, MIXED: .5, PASTURE: .3},
     suburb={ARABLE: .6, COMPLEX: .7, PASTURE: .3, BROADLEAVED: .4, ORCHARD: .4, AGROFORESTRY: .2})
-EXTRAS = dict(lowland=(.4, .5, .1), boreal=(.15, .2, .7), dry=(.3, .2, .15), coast=(.4, .1, 0),
+EXTRAS = dict(lowland=(.45, .45, .1), boreal=(.15, .2, .7), dry=(.4, .2, .15), coast=(.4, .1, 0),
               upland=(.1, .35, .3), suburb=(1, .35, .1))   # chances of a town, a river, lakes
+
+def landscape_of(
+    seed:int, # the archive's
+    place:int, # number of the place
+) -> str: # a key of `BIOMES`
+    "Landscapes take turns; coasts come twice, since they have classes that no other has."
+    names = [*BIOMES, 'coast']
+    return names[make_rng(seed, 'turns', place//len(names)).permutation(len(names))[place % len(names)]]
 
 # %% ../../nbs/11c_data.landcover.ipynb #927e347c
 @dataclass
@@ -142,7 +152,7 @@ def _zones(shape, rng, biome):
     scale, zone, top = rng.uniform(70, 130), np.zeros(shape, np.uint8), np.full(shape, -9, np.float32)
     if rng.random() < .25: chosen = [*chosen, rng.choice([o for o in range(len(BEN19)) if o not in _PLACED])]
     for k in chosen:
-        z = smooth_noise(shape, rng, scale, 1.7) + np.float32(rng.normal(0, .3))
+        z = smooth_noise(shape, rng, scale, 1.4) + np.float32(rng.normal(0, .3))
         zone[z > top] = k
         top = np.maximum(top, z)
     return zone
@@ -154,7 +164,7 @@ def _town(cover, rng, land, fields, industrial):
     "Houses around a centre, halls beside them; the outline follows parcels."
     shape = cover.shape
     y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32)
-    centre, radius = rng.uniform(.15, .85, 2)*shape, rng.uniform(35, 110)*(1 if industrial else .6)
+    centre, radius = rng.uniform(.15, .85, 2)*shape, rng.uniform(40, 120)*(1 if industrial else .7)
     d = np.hypot(y - centre[0], x - centre[1])/radius + .14*land + .3*smooth_noise(shape, rng, radius, 2)
     d = np.where(_IS_FARMED[cover], d[fields.middle], d)
     works = (smooth_noise(shape, rng, 80, 2.5) > (.1 if industrial else 1))[fields.middle]
@@ -166,9 +176,9 @@ def _coast(cover, rng, land):
     shape, turn = cover.shape, rng.uniform(0, 2*np.pi)
     y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32)
     shore = (x - shape[1]/2)*np.cos(turn) + (y - shape[0]/2)*np.sin(turn)
-    shore = (shore + 22*smooth_noise(shape, rng, 120) + rng.uniform(-.25, .25)*max(shape)).astype(np.float32)
-    kind, width = smooth_noise(shape, rng, 150, 2.2) + rng.normal(0, .3), rng.uniform(12, 30)
-    cover[(kind < 0) & (shore < 60 + 22*land)] = COASTAL_WETLAND
+    shore = (shore + 22*smooth_noise(shape, rng, 120) + rng.uniform(-.1, .3)*max(shape)).astype(np.float32)
+    kind, width = smooth_noise(shape, rng, 150, 2.2) + rng.normal(0, .3), rng.uniform(15, 40)
+    cover[(kind < 0) & (shore < 80 + 22*land)] = COASTAL_WETLAND
     cover[(kind > -.3) & (shore < width*(1 + .7*np.clip(kind, -.6, 1.5)) + 2*land)] = BEACH
     cover[shore < 0] = SEA
     return shore
@@ -177,9 +187,10 @@ def _river(cover, rng, land):
     "A band along a curve that swings in three rhythms, with woods on its banks."
     shape, turn, phase = cover.shape, rng.uniform(0, np.pi), rng.uniform(0, 2*np.pi, 3)
     y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32)
-    a, b = ((x - shape[1]/2)*c + (y - shape[0]/2)*s for c, s in ((np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))))
-    t = 2*np.pi*a/rng.uniform(130, 230)
-    swing = rng.uniform(14, 32)*np.sin(t + phase[0] + .8*np.sin(t/2.3 + phase[1])) + 9*np.sin(t/.43 + phase[2])
+    c, s, y, x = np.cos(turn), np.sin(turn), y - shape[0]/2, x - shape[1]/2
+    a, b, wave = x*c + y*s, y*c - x*s, rng.uniform(130, 230)/(2*np.pi)
+    swing = rng.uniform(14, 32)*np.sin(a/wave + phase[0] + .8*np.sin(a/(2.3*wave) + phase[1]))
+    swing += 9*np.sin(a/(.43*wave) + phase[2])
     gy, gx = np.gradient(swing)
     d = np.abs(b - swing - rng.uniform(-.2, .2)*max(shape))/np.sqrt(1 + gy**2 + gx**2)
     width = rng.uniform(3, 9)
@@ -194,11 +205,11 @@ def make_land(
     biome:str|None=None, # a key of `BIOMES`; by default they take turns
 ) -> Land: # the map and what belongs to it
     "The land at a place, always the same for the same arguments."
-    rng, names = make_rng(seed, 'land', place), list(BIOMES)
-    turn = make_rng(seed, 'biomes', place//len(names)).permutation(len(names))[place % len(names)]
-    biome = names[turn] if biome is None else biome
+    rng, biome = make_rng(seed, 'land', place), biome or landscape_of(seed, place)
     if biome not in BIOMES: raise unknown_name('landscape', biome, BIOMES)
-    height, fine, coarse = (smooth_noise(shape, rng, *o) for o in ((60, 2.), (3, 1.2), (16, 1.6)))
+    scales = (90, 2), (50, 1.9), (3, 1.2), (16, 1.6)
+    height, ridge, fine, coarse = (smooth_noise(shape, rng, *o) for o in scales)
+    height -= np.abs(ridge)
     zone = _zones(shape, rng, biome)
     fields = make_fields(shape, rng, crowded=zone == COMPLEX)
     owner = zone[fields.middle]

@@ -32,7 +32,7 @@ straw    520  760 1120 1450 1800 2250 2450 2600 2850 2800 3500 2500  -22.0 -12.6
 soil     500  680  960 1250 1480 1650 1750 1900 2050 2100 2700 2250  -22.0 -11.8 1.6
 humus    330  400  540  650  780  900  980 1080 1180 1250 1700 1400  -21.5 -11.5 1.6
 mud      480  600  800  880  960 1020 1040 1060 1080 1000  720  460  -24.0 -15.5 .3
-sand    1300 1750 2300 2750 2950 3050 3150 3250 3350 3300 3900 3450  -26.0 -18.0 .6
+sand    1050 1400 1850 2200 2400 2500 2600 2700 2800 2750 3400 3000  -26.0 -18.0 .6
 rock     800  950 1180 1380 1520 1620 1720 1820 1920 1950 2400 2100  -18.5 -11.5 .2
 asphalt  650  780  920 1000 1070 1150 1200 1270 1350 1400 1550 1380  -23.5 -15.5 .1
 tiles    560  720  980 1500 1700 1850 1950 2080 2200 2200 2500 2250  -12.0  -5.5 0
@@ -49,16 +49,18 @@ meadow   280  370  740  430 1150 3200 4000 4200 4400 4300 2050 1050  -20.8 -13.6
 # %% ../../nbs/11d_data.materials.ipynb #343044ab
 S2_BANDS, S1_BANDS = SENSORS['s2_12'].bands, SENSORS['s1'].bands
 MATERIALS = pd.DataFrame([o.split() for o in _TABLE.strip().splitlines()],
-                         columns=['material', *S2_BANDS, *S1_BANDS, 'wetting']).set_index('material').astype(float)
+                         columns=['material', *S2_BANDS, *S1_BANDS, 'wetting'])
+MATERIALS = MATERIALS.set_index('material').astype(float)
 NUMBERS = {name: i for i, name in enumerate(MATERIALS.index)}   # material -> row of `MATERIALS`
 _S2, _S1, _WETTING = (MATERIALS[o].to_numpy() for o in (list(S2_BANDS), list(S1_BANDS), ['wetting']))
 
 # %% ../../nbs/11d_data.materials.ipynb #7b7fa4ec
 CALENDAR = [
-    ('leaves', 'foliage', 118, 298, 1),  ('vine', 'foliage', 125, 290, .8), ('shrub', 'foliage', 120, 280, .2),
-    ('wheat', 'crop', 80, 190, 1),       ('rape', 'crop', 70, 188, 1),      ('rape', 'flower', 114, 140, .7),
-    ('maize', 'crop', 160, 262, 1),      ('meadow', 'hay', 195, 255, .5),   ('hay', 'grass', 90, 165, .5),
-    ('heather', 'flower', 215, 250, .1), ('reed', 'hay', -90, 110, .6)]
+    ('leaves', 'foliage', 118, 298, 1),  ('vine', 'foliage', 125, 290, .8),
+    ('wheat', 'crop', 80, 190, 1),       ('rape', 'crop', 70, 188, 1),
+    ('rape', 'flower', 114, 140, .7),    ('maize', 'crop', 160, 262, 1),
+    ('meadow', 'hay', 195, 255, .5),     ('hay', 'grass', 90, 165, .5),
+    ('shrub', 'foliage', 120, 280, .2),  ('reed', 'hay', -90, 110, .6)]
 
 # %% ../../nbs/11d_data.materials.ipynb #974636f9
 def materials_on(

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .landcover import *
-from .landcover import Land, hashed, make_land, smooth_noise
-from .materials import NUMBERS
 from ..core import make_rng
+from .landcover import (
+    AGROFORESTRY, ARABLE, BEACH, BROADLEAVED, COASTAL_WETLAND, COMPLEX, CONIFEROUS, FARMED, GRASSLAND,
+    INDUSTRY, INLAND_WATER, INLAND_WETLAND, MIXED, MOOR, MOSAIC, ORCHARD, PASTURE, SEA, SHRUB, TOWN,
+    Land, hashed, make_land, smooth_noise)
+from .materials import NUMBERS
 
 # %% ../../nbs/11e_data.surface.ipynb #0c15771f
 def soft(
@@ -43,7 +45,8 @@ def dots(
     cy, cx = np.floor(y/period), np.floor(x/period)
     r = radius*(.6 + .8*hashed(cy, cx, salt=salt))
     free = np.maximum(period - 2*r, 0)
-    dy, dx = (o - c*period - r - free*hashed(cy, cx, salt=salt + i) for i, (o, c) in enumerate(((y, cy), (x, cx)), 1))
+    dy = y - cy*period - r - free*hashed(cy, cx, salt=salt + 1)
+    dx = x - cx*period - r - free*hashed(cy, cx, salt=salt + 2)
     return soft(r - np.hypot(dy, dx))*(hashed(cy, cx, salt=salt + 3) < density)
 
 # %% ../../nbs/11e_data.surface.ipynb #9993bc11
@@ -54,20 +57,23 @@ class Spot:
         at:np.ndarray, # flat numbers of the pixels
         ridge:np.ndarray, # noise whose zero lines are used as creeks and gullies, (H,W)
     ):
-        width, pick = land.cover.shape[1], lambda o: o.ravel()[at]
+        width, f = land.cover.shape[1], land.fields
+        pick = lambda o: o.ravel()[at]
         self.y, self.x = (at//width).astype(np.float32), (at % width).astype(np.float32)
-        self.fine, self.coarse, self.height, self.ridge = map(pick, (land.fine, land.coarse, land.height, ridge))
-        f = land.fields
+        self.fine, self.coarse = pick(land.fine), pick(land.coarse)
+        self.height, self.ridge = pick(land.height), pick(ridge)
         self.along, self.across, self.parcel, self.edge = map(pick, (f.along, f.across, f.parcel, f.edge))
         self.shore = np.full(len(at), 1e3, np.float32) if land.shore is None else pick(land.shore)
         self.salt = land.salt % 4096
 
-    def chance(self, salt:int) -> np.ndarray: return hashed(self.parcel, salt=self.salt + salt)
+    def chance(self, salt:int) -> np.ndarray:
+        "A random number for each parcel."
+        return hashed(self.parcel, salt=self.salt + salt)
 
     def cells(self, length:float, width:float, bend:float=0, salt:int=0) -> np.ndarray:
         "A random number for each cell of a grid along the fields, whose lines `bend`."
-        b = bend*self.coarse
-        return hashed(np.floor((self.along + b)/length), np.floor((self.across + b)/width), salt=self.salt + salt)
+        i, j = (self.along + bend*self.coarse)/length, (self.across + bend*self.coarse)/width
+        return hashed(np.floor(i), np.floor(j), salt=self.salt + salt)
 
 # %% ../../nbs/11e_data.surface.ipynb #f5883879
 def choose(
@@ -97,33 +103,38 @@ def _arable(s):
 def _pasture(s):
     hedge = soft(1.3 - s.edge)*(hashed(np.floor(s.along/7), np.floor(s.across/7), salt=5) < .8)
     trees = np.maximum(hedge, dots(s.y, s.x, 19, 2, .3, 7))
-    return _paint(choose(s.chance(1), *['meadow']*5, 'hay'), M['leaves'], trees, .9 + .2*s.chance(2) + .06*s.coarse + .03*s.fine)
+    return _paint(choose(s.chance(1), *['meadow']*5, 'hay'), M['leaves'], trees,
+                  .9 + .2*s.chance(2) + .06*s.coarse + .03*s.fine)
 
 def _complex(s):
     crop, tone = _plough(s, 'wheat', 'maize', 'rape', 'meadow', 'leaves', 'soil', 'vine')
-    house = hashed(np.floor(s.y/3), np.floor(s.x/3), salt=3) < .03
-    return _paint(crop, np.where(house, M['tiles'], M['leaves']), np.where(house, .9, .6*soft(.4 - s.edge)), tone, 3.*house)
+    house = hashed(np.floor(s.y/2), np.floor(s.x/2), salt=3) < .02
+    return _paint(crop, np.where(house, M['tiles'], M['leaves']), np.where(house, .9, .6*soft(.4 - s.edge)),
+                  tone, 4.*house)
 
 def _mosaic(s):
     crop, tone = _plough(s, 'wheat', 'meadow', 'maize', 'hay', 'meadow')
     wood = soft(6*(s.coarse + .35*s.fine - .35))
-    return _paint(crop, choose(s.chance(9), 'leaves', 'shrub'), np.maximum(wood, .6*soft(.9 - s.edge)), tone + .07*s.fine*wood)
+    return _paint(crop, choose(s.chance(9), 'leaves', 'shrub'), np.maximum(wood, .6*soft(.9 - s.edge)),
+                  tone + .07*s.fine*wood)
 
 def _orchard(s):
-    vines, period = s.chance(1) < .5, 6 + 4*s.chance(3)
-    trees = rows(s.across, period, .5)*np.where(vines, 1, rows(s.along, period, .6))*(s.edge > 1.2)
-    return _paint(choose(s.chance(4), 'soil', 'hay', 'soil'), np.where(vines, M['vine'], M['shrub']), .9*trees,
-                  .88 + .24*s.chance(2) + .03*s.fine, np.where(vines, 2, 1)*trees)
+    vines, period = s.chance(1) < .5, 4.6 + 2.8*s.chance(3)
+    trees = rows(s.across, period, .5)*np.where(vines, 1, rows(s.along, period, .65))*(s.edge > 1.2)
+    tone = .88 + .24*s.chance(2) + .03*s.fine + .03*s.coarse
+    return _paint(choose(s.chance(4), 'soil', 'hay', 'soil'), np.where(vines, M['vine'], M['shrub']),
+                  .85*trees, tone, 2.5*trees)
 
 def _agroforestry(s):
-    trees = dots(s.y, s.x, 8, 2., .75, 11)
+    trees = dots(s.y + 2*s.coarse, s.x, 5.5, 1.25, .5 + .25*s.coarse, 11)
     return _paint(choose(s.chance(1), 'hay', 'hay', 'hay', 'wheat'), M['shrub'], .9*trees,
-                  (.92 + .16*s.chance(2) + .05*s.coarse)*(1 - .2*trees) + .02*s.fine)
+                  (.92 + .16*s.chance(2) + .05*s.coarse)*(1 - .15*trees) + .03*s.fine, 2*trees)
 
 # %% ../../nbs/11e_data.surface.ipynb #6b232fd5
 def _broadleaved(s):
     crown = hashed(np.floor(s.y/2.2 + .6*s.coarse), np.floor(s.x/2.2), salt=2) - .5
-    return _paint(M['leaves'], M['meadow'], .8*soft(3*s.coarse - 6), .86 + .16*s.fine + .14*crown + .05*s.coarse, .9*s.fine)
+    tone = .86 + .16*s.fine + .14*crown + .05*s.coarse
+    return _paint(M['leaves'], M['meadow'], .8*soft(3*s.coarse - 6), tone, .9*s.fine)
 
 def _coniferous(s):
     stand, felled = s.cells(26, 19, 5, 3), s.cells(26, 19, 5, 3) > .92
@@ -147,23 +158,25 @@ def _grassland(s):
 
 def _shrub(s):
     age = s.cells(30, 24, 5, 6)
-    trees = dots(s.y, s.x, 5, 1.6, .15 + .75*age, 13)
-    return _paint(np.where(age < .4, M['hay'], M['heather']), np.where(age < .6, M['conifer'], M['leaves']), .95*trees,
-                  .88 + .2*age + .06*s.fine)
+    trees = dots(s.y, s.x + 2*s.coarse, 3.6, 1.3, .1 + .8*age, 13)
+    return _paint(np.where(age < .4, M['hay'], M['heather']), np.where(age < .6, M['conifer'], M['leaves']),
+                  .95*trees, .88 + .2*age + .06*s.fine, trees)
 
 def _inland_wetland(s):
-    pool = soft(2.5*(np.sin(.5*s.across + 2.2*s.coarse + .5*s.fine) - .45 + .35*s.coarse))
-    return _paint(choose(soft(3*s.coarse), 'reed', 'moss'), M['pool'], .85*pool, .9 + .09*s.fine + .06*s.coarse)
+    pool = soft(2.5*(np.sin(.45*s.across + 1.6*s.coarse + .7*s.ridge + .4*s.fine) - .6 + .4*s.ridge))
+    return _paint(choose(soft(3*s.coarse), 'reed', 'moss'), M['pool'], .8*pool,
+                  .9 + .09*s.fine + .06*s.coarse)
 
 def _coastal_wetland(s):
     pan = s.chance(9) < (.45 if s.salt % 3 == 0 else 0)
     ground = np.where(pan, M['brine'], choose(soft(s.coarse + .5*s.fine + .8), 'mud', 'reed', 'reed'))
-    return _paint(ground, M['mud'], np.where(pan, soft(.9 - s.edge), soft(1.1 - 9*np.abs(s.ridge))),
-                  np.where(pan, .6 + .8*s.chance(3), .95 + .06*s.fine))
+    creek = np.where(pan, soft(.9 - s.edge), soft(1.1 - 9*np.abs(s.ridge)))
+    return _paint(ground, M['mud'], creek, np.where(pan, .6 + .8*s.chance(3), .95 + .06*s.fine))
 
 def _beach(s):
     ripple = np.sin(.55*s.x + .35*s.y + 2.2*s.coarse)
-    return _paint(M['sand'], M['hay'], .75*soft(3*(s.coarse + .5*s.fine - 1)), 1 + .08*ripple + .04*s.fine, 1.5*ripple)
+    return _paint(M['sand'], M['hay'], .75*soft(3*(s.coarse + .5*s.fine - 1)),
+                  .95 + .09*ripple + .05*s.fine + .05*s.coarse, 1.5*ripple)
 
 def _inland_water(s):
     return _paint(M['turbid'], M['pool'], np.full(len(s.x), hashed(s.salt)[0]), 1 + .015*s.coarse)
@@ -185,8 +198,10 @@ def _town(s):
     street = soft(.75 - edge)
     plot, park = s.cells(3, 3, salt=5), hashed(i, j, salt=8) < .1
     roof = (plot < .5) & ~park
-    ground = np.where(roof, choose(hashed(i, j, salt=6), 'tiles', 'tiles', 'slate'), choose(plot, 'meadow', 'meadow', 'leaves'))
-    return _paint(ground, M['asphalt'], street, .75 + .5*s.cells(3, 3, salt=7), roof*(7*(2*plot)**4 - 1)*(1 - street))
+    ground = np.where(roof, choose(hashed(i, j, salt=6), 'tiles', 'tiles', 'slate'),
+                      choose(plot, 'meadow', 'meadow', 'leaves'))
+    return _paint(ground, M['asphalt'], street, .75 + .5*s.cells(3, 3, salt=7),
+                  roof*(7*(2*plot)**4 - 1)*(1 - street))
 
 def _industry(s):
     edge, i, j = _grid(s, 24, 17)
@@ -194,16 +209,18 @@ def _industry(s):
     hall = (edge > inset) & (kind < .75)
     yard = np.where(kind > .9, M['meadow'], M['asphalt'])
     rim = hall & (edge < inset + 1.4)
-    return _paint(np.where(hall, choose(hashed(i, j, salt=9), 'metal', 'slate', 'metal', 'tiles'), yard), None, 0.,
-                  np.where(hall, .72 + .45*hashed(i, j, salt=10), .85 + .3*s.cells(2, 2, salt=4)),
-                  np.where(rim, 8*s.cells(4, 4, salt=3), -3.*hall))
+    roof = choose(hashed(i, j, salt=9), 'metal', 'slate', 'metal', 'tiles')
+    tone = np.where(hall, .72 + .45*hashed(i, j, salt=10), .85 + .3*s.cells(2, 2, salt=4))
+    echo = np.where(rim, 8*s.cells(4, 4, salt=3), -3.*hall)
+    return _paint(np.where(hall, roof, yard), None, 0., tone, echo)
 
 # %% ../../nbs/11e_data.surface.ipynb #dc230cab
 PAINTERS = {
     ARABLE: _arable, PASTURE: _pasture, COMPLEX: _complex, MOSAIC: _mosaic, ORCHARD: _orchard,
-    AGROFORESTRY: _agroforestry, BROADLEAVED: _broadleaved, CONIFEROUS: _coniferous, MIXED: _mixed, MOOR: _moor,
-    GRASSLAND: _grassland, SHRUB: _shrub, INLAND_WETLAND: _inland_wetland, COASTAL_WETLAND: _coastal_wetland,
-    BEACH: _beach, INLAND_WATER: _inland_water, SEA: _sea, TOWN: _town, INDUSTRY: _industry}   # class -> painter
+    AGROFORESTRY: _agroforestry, BROADLEAVED: _broadleaved, CONIFEROUS: _coniferous, MIXED: _mixed,
+    MOOR: _moor, GRASSLAND: _grassland, SHRUB: _shrub, INLAND_WETLAND: _inland_wetland, BEACH: _beach,
+    COASTAL_WETLAND: _coastal_wetland, INLAND_WATER: _inland_water, SEA: _sea,
+    TOWN: _town, INDUSTRY: _industry}   # class -> painter
 
 @dataclass
 class Surface:
@@ -225,7 +242,8 @@ def make_surface(
     flat = land.cover.ravel()
     for k in np.unique(flat):
         at = np.flatnonzero(flat == k)
-        for name, value in PAINTERS[int(k)](Spot(land, at, ridge)).items(): getattr(out, name).flat[at] = value
+        paint = PAINTERS[int(k)](Spot(land, at, ridge))
+        for name, value in paint.items(): getattr(out, name).flat[at] = value
     road = .85*soft(1 - land.fields.lane/2.2)*np.isin(land.cover, [*FARMED, TOWN, INDUSTRY])
     on = road > np.maximum(out.mix, .05)
     out.top[on], out.mix[on], out.echo[on & (road > .5)] = NUMBERS['asphalt'], road[on], 0

@@ -9,19 +9,20 @@ __all__ = ['STEEPNESS', 'slopes', 'see_s2', 'see_s1']
 import numpy as np
 
 from .landcover import INLAND_WATER, SEA, Land, smooth_noise
-from .materials import NUMBERS, S1_BANDS, S2_BANDS, materials_on
+from .materials import NUMBERS, S2_BANDS, materials_on
 from .surface import Surface
 from ..sensors import BANDS
 
 # %% ../../nbs/11f_data.views.ipynb #b9e9c43a
-STEEPNESS = dict(lowland=.25, boreal=.4, dry=.9, coast=.5, upland=1.8, suburb=.2)   # slope of one unit a pixel
+_ALL = np.s_[:, :]
+STEEPNESS = dict(lowland=.5, boreal=.8, dry=1.8, coast=1, upland=3.6, suburb=.4)   # metres a metre
 
 def slopes(
     land:Land, # the map
-    at:tuple[slice, slice]=np.s_[:, :], # the window
+    at:tuple[slice, slice]=_ALL, # the window
 ) -> np.ndarray: # float32 (2,h,w), rise to the south and to the east, metres a metre
     "How steep the ground is."
-    rise = np.stack(np.gradient(land.height[at]))*np.float32(STEEPNESS[land.biome]*3)
+    rise = np.stack(np.gradient(land.height[at]))*np.float32(STEEPNESS[land.biome])
     return rise*~np.isin(land.cover[at], (INLAND_WATER, SEA))
 
 # %% ../../nbs/11f_data.views.ipynb #a532d241
@@ -53,8 +54,8 @@ def _sun(day, rng, nuisance):
 # %% ../../nbs/11f_data.views.ipynb #7626d242
 def _air(x, rng, nuisance):
     "What the atmosphere and its correction make of reflectance, (12,h,w)."
-    gain = np.exp(nuisance*(.38*rng.normal() + .13*rng.normal(size=4)))[_GROUP]
-    haze = nuisance*rng.gamma(1., .11)
+    gain = np.exp(nuisance*(.36*rng.normal() + .13*rng.normal(size=4)))[_GROUP]
+    haze = nuisance*rng.gamma(1.6, .06)
     dim = gain*(1 - np.minimum(haze*(_NM/492)**-1.2, .6))
     veil = 3500*haze*(_NM/492)**-2.2
     x *= dim[:, None, None].astype(np.float32)
@@ -75,7 +76,7 @@ def see_s2(
     surface:Surface, # what lies on it
     rng:np.random.Generator, # the pass: its sun and air
     day:float, # of the year
-    at:tuple[slice, slice]=np.s_[:, :], # the window
+    at:tuple[slice, slice]=_ALL, # the window
     nuisance:float=1., # strength of what is accidental, 0 for none
     clouds:bool=False, # whether there are clouds
 ) -> dict[str, np.ndarray]: # band -> uint16, reflectance x 10000, at the band's own resolution
@@ -91,20 +92,23 @@ def see_s2(
     grain = 8*rng.standard_normal((x.shape[1] + len(x), x.shape[2]), dtype=np.float32)
     for k in range(len(x)): x[k] += grain[k:k + x.shape[1]]
     np.clip(np.rint(x, out=x), 1, 20000, out=x)
-    return {name: _coarser(x[k:k+1], f)[0].astype(np.uint16) for k, (name, f) in enumerate(zip(S2_BANDS, _FACTOR, strict=True))}
+    return {o: _coarser(x[k:k+1], f)[0].astype(np.uint16)
+            for k, (o, f) in enumerate(zip(S2_BANDS, _FACTOR, strict=True))}
 
 # %% ../../nbs/11f_data.views.ipynb #ad72fd31
 _WATERS = np.array([NUMBERS[o] for o in ('clear', 'turbid', 'pool', 'brine')])
 
 def _speckle(shape, rng, looks):
-    z = rng.standard_gamma(looks/2, (*shape[:2], shape[2] + 1), dtype=np.float32)
-    return (z[..., 1:] + z[..., :-1])*np.float32(1/looks)
+    "Gamma noise with mean 1, of about `looks` independent looks, that neighbours share."
+    z = rng.standard_gamma(.55*looks, (shape[0], shape[1] + 1, shape[2] + 1), dtype=np.float32)
+    return _quads(z)*np.float32(1/(.55*looks))
 
-def _blur(x):
-    "Means of 2 x 2 pixels."
-    x = np.pad(x, [(0, 0), (1, 0), (1, 0)], mode='edge')
-    x = x[:, 1:] + x[:, :-1]
-    return (x[..., 1:] + x[..., :-1])*np.float32(.25)
+def _quads(x):
+    "Means of 2 x 2 neighbours, one row and column fewer; the upper left counts most."
+    x = .65*x[:, 1:] + .35*x[:, :-1]
+    return .65*x[..., 1:] + .35*x[..., :-1]
+
+def _blur(x): return _quads(np.pad(x, [(0, 0), (1, 0), (1, 0)], mode='edge'))
 
 # %% ../../nbs/11f_data.views.ipynb #71d6d9de
 def see_s1(
@@ -112,7 +116,7 @@ def see_s1(
     surface:Surface, # what lies on it
     rng:np.random.Generator, # the pass: its angle, wind and speckle
     day:float, # of the year
-    at:tuple[slice, slice]=np.s_[:, :], # the window
+    at:tuple[slice, slice]=_ALL, # the window
     nuisance:float=1., # strength of what is accidental but for speckle, 0 for none
     west:bool=False, # whether the radar looks from the west, on a northward pass
 ) -> np.ndarray: # float32 (2,h,w), VH and VV in dB
@@ -125,6 +129,6 @@ def see_s1(
     x = _blur(_mix(surface, at, power)*10**((surface.echo[at] + bend)/10))
     looks = np.exp(np.log(4) + nuisance*rng.uniform(-.7, .7))
     x *= _speckle(x.shape, rng, looks)
-    common, cross, tilt = nuisance*rng.normal(0, [3.2, 1.6, .8])
+    common, cross, tilt = nuisance*rng.normal(0, [3, 1.5, .8])
     gain = np.array([common + cross, common])[:, None, None] + tilt*np.linspace(-1, 1, x.shape[2])
     return (10*np.log10(x*10**(gain/10) + 10**-3.4)).astype(np.float32)
