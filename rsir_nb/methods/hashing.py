@@ -54,7 +54,7 @@ class HashHeads(nn.ModuleDict):
         n_bits:int=128, # length of the codes
         hidden_dim:int|None=None, # width between the layers; that of the embeddings by default
     ):
-        if n_bits < 1: raise InputError("a code needs bits", found=n_bits, wanted="a multiple of 8, to be packed")
+        if n_bits < 1: raise InputError("a code needs bits", found=n_bits, wanted="a multiple of 8")
         super().__init__({m: HashHead(d, n_bits, hidden_dim) for m, d in embed_dims.items()})
         self.arguments = dict(embed_dims=dict(embed_dims), n_bits=n_bits, hidden_dim=hidden_dim)
         self.n_bits = n_bits
@@ -114,15 +114,15 @@ class HashTraining:
 def train_heads(
     features:Mapping[str, Tensor|np.ndarray], # modality -> embeddings, (N,D), row by row the same places
     n_bits:int=128, # length of the codes
-    hidden_dim:int|None=None, # width between a head's layers; that of the embeddings by default
+    hidden_dim:int|None=512, # width between a head's layers; None for that of the embeddings
     epochs:int=30, # passes over the features
     min_steps:int=300, # more epochs are added until there are so many steps
     lr:float=1e-3, # peak learning rate of AdamW, with a cosine down to 0
     weight_decay:float=1e-4, # of AdamW
-    batch_size:int=256, # images in a step
+    batch_size:int=128, # images in a step
     temperature:float=0.5, # of the contrastive term
     contrastive:float=1., # weight: codes of a place agree across sensors
-    similarity:float=10., # weight: codes are as alike as embeddings
+    similarity:float=5., # weight: codes are as alike as embeddings
     quantisation:float=0.1, # weight: values near -1 and 1
     balance:float=5., # weight: each bit is 1 for half of the images
     decorrelation:float=5., # weight: no bit repeats another
@@ -171,7 +171,7 @@ def _check_features(features, device):
                          wanted="modality -> (N,D), N at least 2 and the same for all sensors")
     for m, o in x.items():
         if not torch.isfinite(o).all(): raise InputError(f"features of {m} hold NaN or infinity",
-            found=f"first in row {o.isfinite().all(1).int().argmin().item()}", remedy="leave out these images")
+            found=f"row {o.isfinite().all(1).int().argmin().item()}", remedy="leave out such images")
     return x
 
 def _fit_standardise(head, x):
