@@ -47,7 +47,7 @@ def test_no_output_holds_a_machine_path(page):
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)
 def test_saved_outputs_are_there_and_small(page):
     code = cells_of(page, "code")
-    assert any(c["outputs"] for c in code), "a page is readable from its saved outputs"
+    assert not code or any(c["outputs"] for c in code), "a page is readable from its saved outputs"
     assert page.stat().st_size < 1_500_000, f"{page.stat().st_size/1e6:.1f} MB"
     for cell in code:
         for output in cell["outputs"]:

@@ -172,17 +172,16 @@ def encode(
     if str(precision) not in PRECISIONS: raise unknown_name('precision', precision, PRECISIONS)
     found = common_sensors(method, archive, modalities)
     job = describe_job(method, archive, found, precision, embeddings or method.heads is None)
-    if path.exists(): return _open_finished(path, job)
-    home = method.device
-    method.to(device or ('cuda' if torch.cuda.is_available() else home))
-    with folder_lock(path.with_name(path.name + '.part')) as part:
-        try:
-            if not path.exists():
-                _make_shards(method, archive, part, job, batch_size, num_workers, shard_size, progress)
-                _write_store(method, archive, path, part, job)
-            shutil.rmtree(part)
-        finally: method.to(home)
-    return _open_finished(path, job)
+    part, home = path.with_name(path.name + '.part'), method.device
+    if not path.exists():
+        with folder_lock(part):
+            method.to(device or ('cuda' if torch.cuda.is_available() else home))
+            try: _make_shards(method, archive, part, job, batch_size, num_workers, shard_size, progress)
+            finally: method.to(home)
+            if not path.exists(): _write_store(method, archive, path, part, job)
+    store = _open_finished(path, job)
+    shutil.rmtree(part, ignore_errors=True)
+    return store
 
 # %% ../../nbs/71_engine.encode.ipynb #211ba061
 def _open_finished(path, job):

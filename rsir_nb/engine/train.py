@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import group_kwargs, load_run_config, register_schema, save_config, to_dict
 from ..core import (DATASETS, METHODS, InputError, MissingFileError, declare_torchvision_ops,
-                          legal_arguments, read_json, write_json)
+                          legal_arguments, write_json)
 from ..data.base import Archive
 from ..data.module import ArchiveData
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepLast, RunBar,
