@@ -1,4 +1,4 @@
-"Package metadata, read from settings.ini, which nbdev reads too: one place for every version and requirement."
+"Package metadata, read from settings.ini, which nbdev reads too: one place for each version."
 from configparser import ConfigParser
 from pathlib import Path
 

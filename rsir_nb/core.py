@@ -9,7 +9,7 @@ __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError',
            'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
 
 # %% ../nbs/00_core.ipynb #266f6cab
-import ctypes, hashlib, importlib, importlib.util, inspect, json, os, shutil, sys, tempfile
+import ctypes, hashlib, importlib, importlib.util, inspect, json, os, shutil, sys
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatch

@@ -23,7 +23,7 @@ def join_archives(
     archives = []
     for i, part in enumerate(parts):
         if 'name' not in part:
-            raise InputError(f"part {i} names no dataset", found=', '.join(map(str, part)), wanted="a key `name`")
+            raise InputError(f"part {i} names no dataset", found=', '.join(map(str, part)), wanted="`name`")
         archives.append(DATASETS.create(**part))
     whole = concat_archives(archives)
     if split is not None: whole.table['split'] = split_by_place(whole.table, split, seed)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import (METHODS, CorruptError, InputError, MissingFileError, Registry, atomic_path,
                           content_hash, declare_torchvision_ops, keep_freed_memory, legal_arguments, make_rng,
