@@ -218,9 +218,10 @@ def _plain(value):
                      wanted="numbers, text, sensors, lists and dicts of them")
 
 def _registered_name(registry, cls):
-    "The name that `cls` has in `registry`."
+    "The name that `cls` has in `registry`; a notebook may have defined it again."
+    same = lambda o: o is cls or (o.__name__ == cls.__name__ and '__main__' in (o.__module__, cls.__module__))
     for name, builder in registry.entries.items():
-        if builder is cls: return name
+        if same(builder): return name
     raise InputError(f"{cls.__name__} is not registered as a {registry.kind}",
                      remedy="put the registry's register('name') above the class")
 
