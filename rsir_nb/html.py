@@ -108,7 +108,7 @@ def html_img(
 _PARTS = """
 .rsir{background:var(--page);color:var(--ink);
   font:1rem/1.55 system-ui,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
-.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem}
+.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem;overflow-wrap:anywhere}
 .rsir .quiet,.rsir figcaption,.rsir caption{color:var(--quiet)}
 .rsir figure{margin:0}
 .rsir img{max-width:100%;height:auto}
@@ -156,7 +156,7 @@ body{margin:0}
   overflow-x:auto}
 .rsir-page main>figure{margin:1.25rem 0} .rsir-page main>figure img{border-radius:6px}
 .rsir-page dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem}
-.rsir-page dt{color:var(--quiet)} .rsir-page dd{margin:0}
+.rsir-page dt{color:var(--quiet)} .rsir-page dd{margin:0;overflow-wrap:anywhere}
 .rsir-skip{position:absolute;left:-100vw} .rsir-skip:focus{left:1rem;top:1rem}
 @media print{.rsir-page{max-width:none;padding:0} .rsir-card,tr,figure{break-inside:avoid}
   h2,h3{break-after:avoid} .rsir *{print-color-adjust:exact;-webkit-print-color-adjust:exact}

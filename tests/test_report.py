@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from engine_run import tiny_config
+from engine_run import TINY, tiny_config
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.report import margins_table, verdict, write_report
@@ -68,6 +68,20 @@ def test_no_place_of_this_machine(run, page):
     assert str(run.out) not in page
 
 
+@pytest.mark.parametrize("method", ["csmae", "band_statistics"])
+def test_one_sensor_without_splits_and_places(tmp_path, method):
+    keys = dict(csmae=[o for o in TINY if o.startswith("method.")] + ["method.norm=null"], band_statistics=[])[method]
+    cfg = tiny_config(tmp_path/"run", "data=tiny_rgb", f"method={method}", *keys, "optim.epochs=1",
+                      "evaluate.protocol=leave_one_out")
+    pretrain(cfg, progress=False)
+    if method == "csmae": train_hash(cfg.out, progress=False)
+    found = evaluate(cfg.out, progress=False)
+    assert set(found.table.direction) == {"rgb->rgb"} and found.table.n_queries.eq(24).all()
+    assert found.table.n_places.eq(24).all()   # places are not known: every query stands for itself
+    page = write_report(cfg.out, progress=False).read_text()
+    assert "RGB → RGB: rgb_" in page and ("16 bits" in page) == (method == "csmae")
+
+
 @pytest.mark.slow
 def test_rendered(run, page, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
@@ -75,7 +89,7 @@ def test_rendered(run, page, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser: pytest.skip("no chromium on this machine")
     path = tmp_path/"report.html"
-    path.write_text(page)
+    path.write_text(page.replace(">tiny_0", ">S2B_MSIL2A_20170703T093427_N9999_R055_T29TPE_0"))
     with playwright.sync_playwright() as p:
         b = p.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         for width in (360, 1280):

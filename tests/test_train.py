@@ -1,5 +1,6 @@
 "Training: the same curve after a kill, one writer, checkpoints that can be trusted, wandb that cannot fail a run."
 import logging
+import shutil
 import signal
 
 import numpy as np
@@ -67,6 +68,16 @@ def test_finished_run_returns_at_once_and_says_so(whole, caplog):
 def test_other_settings_are_refused_and_named(whole):
     with pytest.raises(InputError, match="optim.lr=0.001.*optim.lr=0.5"): pretrain(tiny_config(whole, "optim.lr=0.5"))
     pretrain(tiny_config(whole, "trainer.num_workers=2", "trainer.wandb=offline"))   # these change nothing
+
+
+def test_killed_before_its_last_word(tmp_path):
+    run = pretrain(tiny_config(tmp_path/"run"), progress=False)
+    weights = load_method(run).weights_hash
+    (run/"finished.json").unlink()
+    shutil.rmtree(run/"method")
+    before = read_history(run)
+    pretrain(tiny_config(run), progress=False)
+    assert load_method(run).weights_hash == weights and read_history(run).equals(before)
 
 
 def test_starting_over(tmp_path):

@@ -1,4 +1,4 @@
-"""An archive for tests of the engine, named in configs as `plugins=[tiny_plugin]` and `data=tiny_pairs`.
+"""Archives for tests of the engine, named in configs as `plugins=[tiny_plugin]` and `data=tiny_pairs` or `tiny_rgb`.
 
 Four kinds of texture seen by two sensors, a few places of each; nothing to download, nothing slow. With
 RSIR_TEST_KILL_AT=n in the environment the process kills itself (SIGKILL) when it reads its n-th patch, and with
@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from rsir_nb.core import DATASETS, make_rng
-from rsir_nb.data.base import Archive, Vocab
+from rsir_nb.data.base import Archive, TensorArchive, Vocab
 from rsir_nb.geo import wkb_box
 
 KINDS = "field", "forest", "lake", "town"
@@ -43,6 +43,15 @@ class TinyPairs(Archive):
         s2 = np.clip(spectrum + 200*shape + 30*rng.normal(size=(10, self.size, self.size)), 1, None)
         s1 = -14 + 2*shape - kind + 2*rng.normal(size=(2, self.size, self.size))
         return {m: torch.tensor(x, dtype=torch.float32) for m, x in dict(s1=s1, s2=s2).items()}
+
+
+@DATASETS.register("tiny_rgb")
+def tiny_rgb(n:int=24):
+    "Pictures of three kinds seen by one sensor, in no splits and at no known place."
+    rng, kind = make_rng(0, "rgb"), np.arange(n) % 3
+    x = 60 + 60*kind[:, None, None, None] + 20*rng.normal(size=(n, 3, 30, 30))*(1 + kind[:, None, None, None])
+    return TensorArchive({"rgb": torch.tensor(x.clip(1, 255), dtype=torch.float32)}, ids=[f"rgb_{i}" for i in range(n)],
+                         labels=[[KINDS[k]] for k in kind])
 
 
 def count_read():

@@ -72,20 +72,22 @@ def show_curves(self:Evaluation,
     kinds:Sequence[str]=('binary', 'float', 'random'), # which systems
 ): # the axes, one a direction
     "Precision at k, or precision over recall, in every direction."
-    rows = self.table[self.table.kind.isin(kinds)]
-    names, n = list(dict.fromkeys(rows.direction)), rows.direction.nunique()
-    side = math.ceil(math.sqrt(n))
-    axes = np.ravel(new_figure(3.5*side, 2.9*math.ceil(n/side)).subplots(math.ceil(n/side), side))
+    rows = self.table[self.table.kind.isin(kinds) & self.table.metric.isin(['precision', 'recall'])]
+    systems, names = (list(rows.groupby(o, sort=False).groups) for o in (['system', 'kind'], 'direction'))
+    side = math.ceil(math.sqrt(len(names)))
+    figure = new_figure(3.5*side if side > 1 else 5.2, 2.9*side)
+    axes = figure.subplots(math.ceil(len(names)/side), side, squeeze=False).ravel()
     for ax, name in zip(axes, names, strict=False):
-        xs, ys = {}, {}
-        for (system, kind), o in rows[rows.direction == name].groupby(['system', 'kind'], sort=False):
-            precision, recall = (o[o.metric == m].sort_values('k') for m in ('precision', 'recall'))
-            label = system if kind in system else f'{system}, {kind}'
-            xs[label] = (precision.k if of == 'precision' else recall.value).tolist()
-            ys[label] = precision.value.tolist()
+        some = rows[rows.direction == name]
+        some = some.pivot(index=['system', 'kind', 'k'], columns='metric', values='value')
+        curves = {o: some.loc[o] if o in some.index else some.iloc[:0] for o in systems}
+        label = {o: o[0] if o[1] == 'random' else ', '.join(o) for o in systems}
+        xs = {label[o]: (c.index if of == 'precision' else c.recall).tolist() for o, c in curves.items()}
         xlabel, log = ('k', 'x') if of == 'precision' else ('recall', '')
-        show_curve(xs, ys, ax=ax, title=arrows(name), xlabel=xlabel, ylabel='precision', ylim=(0, 1), log=log)
-    for ax in axes[n:]: ax.axis('off')
+        show_curve(xs, {label[o]: c.precision.tolist() for o, c in curves.items()}, ax=ax, title=arrows(name),
+                   xlabel=xlabel, ylabel='precision', ylim=(0, 1), log=log)
+        if ax is not axes[0]: ax.get_legend().remove()
+    for ax in axes[len(names):]: ax.axis('off')
     return axes
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #d6b437be

@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image
 from omegaconf import OmegaConf
 
-from ..charts import html_figure, show_bars, show_curve
+from ..charts import html_figure, new_axes, show_bars, show_curve
 from ..config import load_run_config, register_schema, to_dict
 from ..core import atomic_path, read_json
 from ..data.base import Archive
@@ -82,7 +82,7 @@ def _answer(evaluation, store):
             f"<p><strong>{first}</strong> Measured are {escape(what)}; the protocol is "
             f"{escape(str(evaluation.about['protocol']))}, and a margin counts where its whole "
             f"95 % interval lies above 0.</p>\n<ul>{''.join(f'<li>{o}</li>' for o in lines)}</ul>\n")
-    ax = show_bars(bars, half, title='Margins in mAP, with 95 % intervals', ylabel='difference')
+    ax = show_bars(bars, half, new_axes(None, 7, 3.4), 'Margins in mAP, with 95 % intervals', 'difference')
     scores = _named(evaluation.pivot(), store)
     scores = html_table(scores, 'mAP over the whole ranking; the best of each direction in bold', best='max')
     caption = 'Differences in mAP; intervals are bootstrapped over places'
@@ -97,19 +97,20 @@ def _named(table, store):
 
 # %% ../../nbs/76_engine.report.ipynb #460be587
 def _protocol_scores(evaluation):
-    "All scores at the depths of the protocol, with intervals."
+    "All scores at the protocol's largest depth, with intervals."
     name, kind = evaluation.about['ours']
     t = evaluation.table
-    mine = t[(t.system == name) & (t.kind == kind) & t.k.isin(evaluation.about['ks'])].copy()
+    t = t[(t.system == name) & (t.kind == kind)]
+    k = max(o for o in t.k if o <= max(evaluation.about['ks']))
+    mine = t[t.k == k].copy()
     mine['text'] = [f"{o.value:.3f} ({o.ci_low:.3f} to {o.ci_high:.3f})" for o in mine.itertuples()]
-    mine['score'] = mine.metric + ' @ ' + mine.k.astype(str)
-    table = mine.pivot(index='score', columns='direction', values='text').loc[mine.score.unique()]
+    table = mine.pivot(index='metric', columns='direction', values='text').loc[mine.metric.unique()]
     words = ''.join(f"<dt>{escape(m)}</dt><dd>{escape(f'{METRICS[m].definition}. {METRICS[m].source}.')}</dd>"
                     for m in mine.metric.unique())
     sizes = mine[['n_queries', 'n_places']].drop_duplicates()
     counts = '; '.join(f"{o.n_queries:,} queries of {o.n_places:,} places" for o in sizes.itertuples())
-    return (f"<h2>All scores</h2>\n<p>In each direction {counts}.</p>\n"
-            + html_table(table.rename(columns=arrows), 'Scores at the depths reported, with 95 % intervals')
+    return (f"<h2>All scores</h2>\n<p>In each direction {counts}. Other depths are in scores.csv.</p>\n"
+            + html_table(table.rename(columns=arrows), f'Scores of the first {k} hits, with 95 % intervals')
             + f"<details><summary>What the names mean</summary><dl>{words}</dl></details>\n")
 
 # %% ../../nbs/76_engine.report.ipynb #a49e8255
