@@ -74,7 +74,7 @@ def test_scores_of_binary_codes_against_plain_loops(store, protocol):
 def test_tidy_table(found, store):
     t = found.table
     assert list(t.columns[:5]) == ["system", "kind", "n_bits", "direction", "metric"]
-    assert {"k", "value", "ci_low", "ci_high", "n_queries", "n_places"} <= set(t.columns)
+    assert {"k", "value", "ci_low", "ci_high", "n_queries", "n_places", "n_items"} <= set(t.columns)
     assert set(map(tuple, t[["system", "kind", "n_bits"]].drop_duplicates().values.tolist())) == {
         ("csmae", "binary", 16), ("csmae", "float", 0), ("band_statistics", "float", 0), ("band_cca", "float", 0),
         ("untrained", "float", 0), ("chance", "random", 0)}
@@ -125,7 +125,7 @@ def test_chance_is_the_share_of_relevant_patches(found, store):
 
 def test_depth_and_metrics_can_be_chosen(store):
     found = evaluate_store(store, "csmae", depth=5, metrics=["map", "m1_f1"], drawings=20)
-    assert found.table.k.max() == 5 and set(found.table.metric) == {"map", "m1_precision", "m1_recall", "m1_f1"}
+    assert found.depth == "the first 5 of 16 hits" and found.table.k.max() == 5 and set(found.table.metric) == {"map", "m1_precision", "m1_recall", "m1_f1"}
     own = evaluate_store(store, Protocol("test", "train", (3,), "mine"), drawings=20)
     assert 3 in set(own.table.k)
 
@@ -170,7 +170,7 @@ def test_archives_without_splits_are_one(tmp_path, store):
     whole = store.table.drop(columns=["has_s1", "has_s2", "split"])
     whole = CodeStore.write(tmp_path/"whole", dict(store.codes), whole, store.weights_hash)
     found = evaluate_store(whole, "leave_one_out", drawings=20)
-    assert found.table.n_queries.eq(48).all() and found.table.k.max() == 47
+    assert found.table.n_queries.eq(48).all() and found.table.k.max() == 47 and found.depth == "the whole ranking"
 
 
 def test_baselines_see_the_training_split_only(run, archive):

@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..charts import new_figure, show_curve
 from ..config import load_run_config, register_schema, to_dict
-from ..core import InputError, atomic_path, check_arguments, read_json, unknown_name, write_json
+from ..core import (METHODS, InputError, atomic_path, check_arguments, read_json, unknown_name,
+                          write_json)
 from ..data.base import Archive, concat_archives
 from .encode import encode, encode_run
 from .protocols import (Protocol, System, compare, directions, get_protocol, score_direction,
@@ -51,9 +52,15 @@ class Evaluation:
         wide = rows.assign(system=names).pivot(index='system', columns='direction', values='value')
         return wide.loc[names.unique()]
 
+    @property
+    def depth(self) -> str:
+        "How deep the deepest scores look, in words."
+        k, n = self.table.k.max(), self.table.n_items.max()
+        return 'the whole ranking' if k == n else f'the first {k:,} of {n:,} hits'
+
     def _repr_markdown_(self):
         lines = self.pivot().map(lambda v: '' if np.isnan(v) else f'{v:.3f}').reset_index()
-        head = f"mAP over the whole ranking, protocol {self.about['protocol']}\n\n"
+        head = f"mAP over {self.depth}, protocol {self.about['protocol']}\n\n"
         rows = [lines.columns, ['---']*lines.shape[1], *lines.values]
         rows = [f"| {' | '.join(map(str, o))} |" for o in rows]
         return head + '\n'.join(rows)
@@ -136,9 +143,11 @@ def _systems(names, cfg, archive, store, protocol, folder, progress):
     for name in names:
         if name == 'random': found.append(System('chance', store, 'random'))
         elif name == cfg.method.name: log.info("the method is the baseline %s itself", name)
+        elif name == 'untrained' and not METHODS.get(cfg.method.name).needs_training:
+            log.info("%s has no network that could be left untrained", cfg.method.name)
         else:
             try: found.append(_encoded(name, cfg, archive, protocol, folder, progress))
-            except InputError as e: log.warning("the baseline %s is left out: %s", name, e)
+            except InputError as e: log.info("the baseline %s is left out: %s", name, e)
     return found
 
 def _encoded(name, cfg, archive, protocol, folder, progress):

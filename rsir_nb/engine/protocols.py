@@ -148,6 +148,7 @@ class Result:
     direction:str # e.g. 's1->s2'
     ids:np.ndarray # names of the queries, (Q,)
     places:np.ndarray # what is drawn together by the bootstrap, (Q,)
+    n_items:int # patches that could answer a query
     ks:list[int] # depths, rising; the last is the deepest
     scores:dict[str, np.ndarray] # metric -> (Q,len(ks))
 
@@ -168,7 +169,8 @@ def score_direction(
     rows = table.iloc[d.queries]
     known = 'place' in rows and rows['place'].notna().all()
     places = (rows['place'] if known else rows['id']).astype(str).to_numpy()
-    return Result(system, d.name, rows['id'].astype(str).to_numpy(), places, ks, scores)
+    n_items = len(d.items) - (d.own is not None)
+    return Result(system, d.name, rows['id'].astype(str).to_numpy(), places, n_items, ks, scores)
 
 CURVE_DEPTHS = 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000
 
@@ -177,14 +179,15 @@ def tabulate(
     results:Sequence[Result], # of `score_direction`
     drawings:int=1000, # of the bootstrap
     seed:int=0, # of the bootstrap
-) -> pd.DataFrame: # system, kind, n_bits, direction, metric, k, value, ci_low, ci_high, n_queries, n_places
+) -> pd.DataFrame: # system, kind, n_bits, direction, metric, k, value, ci_low, ci_high, n_queries, ...
     "Means over the queries with 95 % intervals, bootstrapped over places."
     tables = []
     for o in results:
         table = summarise(o.scores, o.ks, o.places, drawings, seed).drop(columns='n_unlabelled')
         table = table.rename(columns=dict(low='ci_low', high='ci_high'))
         head = dict(system=o.system.name, kind=o.system.kind, n_bits=o.system.n_bits, direction=o.direction)
-        tables.append(table.assign(n_places=len(set(o.places)), **head)[[*head, *table, 'n_places']])
+        sizes = dict(n_places=len(set(o.places)), n_items=o.n_items)
+        tables.append(table.assign(**sizes, **head)[[*head, *table, *sizes]])
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/74_engine.protocols.ipynb #64bc363f

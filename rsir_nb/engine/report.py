@@ -84,7 +84,7 @@ def _answer(evaluation, store):
             f"95 % interval lies above 0.</p>\n<ul>{''.join(f'<li>{o}</li>' for o in lines)}</ul>\n")
     ax = show_bars(bars, half, new_axes(None, 7, 3.4), 'Margins in mAP, with 95 % intervals', 'difference')
     scores = _named(evaluation.pivot(), store)
-    scores = html_table(scores, 'mAP over the whole ranking; the best of each direction in bold', best='max')
+    scores = html_table(scores, f'mAP over {evaluation.depth}; best of each direction in bold', best='max')
     caption = 'Differences in mAP; intervals are bootstrapped over places'
     return text + scores + html_figure(ax) + html_table(margins_table(evaluation), caption)
 
