@@ -159,7 +159,7 @@ def hash_command(
     cfg = _run_config(run, overrides)
     if _shown(cfg.hash, dry_run): return
     method = train_hash(run, overwrite=overwrite, **_changes(overrides, 'hash'))
-    print(f"{run}: codes of {method.n_bits} bits")
+    print(f"{run}: codes of {method.heads.n_bits} bits")
     return method
 
 # %% ../nbs/91_cli.ipynb #9b7683ae
