@@ -145,6 +145,9 @@ class Land:
     salt:int # makes chance differ from place to place
 
 # %% ../../nbs/11c_data.landcover.ipynb #7c6557df
+_PLACED = BEACH, COASTAL_WETLAND, INLAND_WATER, SEA, TOWN, INDUSTRY   # these are put where they belong
+_IS_FARMED = np.isin(np.arange(len(BEN19)), FARMED)
+
 def _zones(shape, rng, biome):
     "Natural borders: at each pixel the class whose noise is the highest."
     names, weights = map(np.array, zip(*BIOMES[biome].items(), strict=True))
@@ -157,9 +160,7 @@ def _zones(shape, rng, biome):
         top = np.maximum(top, z)
     return zone
 
-_PLACED = BEACH, COASTAL_WETLAND, INLAND_WATER, SEA, TOWN, INDUSTRY   # these are put where they belong
-_IS_FARMED = np.isin(np.arange(len(BEN19)), FARMED)
-
+# %% ../../nbs/11c_data.landcover.ipynb #69b9cb20
 def _town(cover, rng, land, fields, industrial):
     "Houses around a centre, halls beside them; the outline follows parcels."
     shape = cover.shape
@@ -171,6 +172,7 @@ def _town(cover, rng, land, fields, industrial):
     cover[d < 1] = TOWN
     cover[works & (d > .3) & (d < 1.4)] = INDUSTRY
 
+# %% ../../nbs/11c_data.landcover.ipynb #c6469742
 def _coast(cover, rng, land):
     "Sea on one side; along it beaches and dunes, or marsh. Returns the pixels inland from the shore."
     shape, turn = cover.shape, rng.uniform(0, 2*np.pi)
@@ -183,6 +185,7 @@ def _coast(cover, rng, land):
     cover[shore < 0] = SEA
     return shore
 
+# %% ../../nbs/11c_data.landcover.ipynb #6e059524
 def _river(cover, rng, land):
     "A band along a curve that swings in three rhythms, with woods on its banks."
     shape, turn, phase = cover.shape, rng.uniform(0, np.pi), rng.uniform(0, 2*np.pi, 3)
@@ -236,7 +239,7 @@ def cover_picture(
 # %% ../../nbs/11c_data.landcover.ipynb #bad5142c
 def cover_labels(
     cover:np.ndarray, # (H,W), numbers of classes
-    least:float=.12, # smallest part of the area that counts, 0..1
+    least:float=.15, # smallest part of the area that counts, 0..1
 ) -> list[str]: # names of `BEN19`, the most common first
     "The classes of a piece of land."
     share = np.bincount(cover.ravel(), minlength=len(BEN19))/cover.size

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..core import InputError, atomic_path, write_json
 from .base import Archive, Subset
 from .encoder import dump_v1_record
-from .labels import BEN19, CLASS_43_TO_19, to_19_labels
+from .labels import CLASS_43_TO_19, to_19_labels
 from .lmdb import LmdbWriter
 from ..geo import wkb_to_geojson, write_geoparquet
 from ..sensors import BANDS, SENSORS

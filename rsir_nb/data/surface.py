@@ -14,7 +14,7 @@ from ..core import make_rng
 from .landcover import (
     AGROFORESTRY, ARABLE, BEACH, BROADLEAVED, COASTAL_WETLAND, COMPLEX, CONIFEROUS, FARMED, GRASSLAND,
     INDUSTRY, INLAND_WATER, INLAND_WETLAND, MIXED, MOOR, MOSAIC, ORCHARD, PASTURE, SEA, SHRUB, TOWN,
-    Land, hashed, make_land, smooth_noise)
+    Land, hashed, smooth_noise)
 from .materials import NUMBERS
 
 # %% ../../nbs/11e_data.surface.ipynb #0c15771f
@@ -130,7 +130,7 @@ def _agroforestry(s):
     return _paint(choose(s.chance(1), 'hay', 'hay', 'hay', 'wheat'), M['shrub'], .9*trees,
                   (.92 + .16*s.chance(2) + .05*s.coarse)*(1 - .15*trees) + .03*s.fine, 2*trees)
 
-# %% ../../nbs/11e_data.surface.ipynb #6b232fd5
+# %% ../../nbs/11e_data.surface.ipynb #0686a163
 def _broadleaved(s):
     crown = hashed(np.floor(s.y/2.2 + .6*s.coarse), np.floor(s.x/2.2), salt=2) - .5
     tone = .86 + .16*s.fine + .14*crown + .05*s.coarse
@@ -162,6 +162,7 @@ def _shrub(s):
     return _paint(np.where(age < .4, M['hay'], M['heather']), np.where(age < .6, M['conifer'], M['leaves']),
                   .95*trees, .88 + .2*age + .06*s.fine, trees)
 
+# %% ../../nbs/11e_data.surface.ipynb #6b232fd5
 def _inland_wetland(s):
     pool = soft(2.5*(np.sin(.45*s.across + 1.6*s.coarse + .7*s.ridge + .4*s.fine) - .6 + .4*s.ridge))
     return _paint(choose(soft(3*s.coarse), 'reed', 'moss'), M['pool'], .8*pool,

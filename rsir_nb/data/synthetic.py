@@ -121,8 +121,8 @@ class SyntheticArchive(Archive):
         table = pd.DataFrame([o for k in range(n_places)
                               for o in _rows(seed, k, patches_per_place, img_size, clouds, least)])
         self.windows, self.west = table.pop('at').tolist(), table.pop('west').tolist()
-        self.passes = list(zip(table['landscape'], table['s1_date'].dt.dayofyear, table['date'].dt.dayofyear,
-                               table['contains_cloud_or_shadow'], strict=True))
+        days = [table[o].dt.day_of_year for o in ('s1_date', 'date')]
+        self.passes = list(zip(table['landscape'], *days, table['contains_cloud_or_shadow'], strict=True))
         corners = np.array(table.pop('corners').tolist(), dtype=float)
         geometry = pd.Series(None, table.index, dtype=object)
         for crs, part in table.groupby('crs'):

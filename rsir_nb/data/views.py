@@ -129,6 +129,6 @@ def see_s1(
     x = _blur(_mix(surface, at, power)*10**((surface.echo[at] + bend)/10))
     looks = np.exp(np.log(4) + nuisance*rng.uniform(-.7, .7))
     x *= _speckle(x.shape, rng, looks)
-    common, cross, tilt = nuisance*rng.normal(0, [3, 1.5, .8])
+    common, cross, tilt = nuisance*rng.normal(0, [3.5, 1.8, .8])
     gain = np.array([common + cross, common])[:, None, None] + tilt*np.linspace(-1, 1, x.shape[2])
     return (10*np.log10(x*10**(gain/10) + 10**-3.4)).astype(np.float32)
