@@ -188,6 +188,14 @@ def test_hash_settings(run, caplog):
     with pytest.raises(UnknownNameError, match="n_bits"): train_hash(run.out, n_bit=24)
 
 
+def test_other_heads_drop_the_codes_that_the_old_ones_made(tmp_path):
+    cfg = tiny_config(tmp_path/"run", "optim.epochs=1")
+    pretrain(cfg, progress=False)
+    for n_bits in 16, 24:
+        train_hash(cfg.out, progress=False, overwrite=True, n_bits=n_bits)
+        assert encode_run(cfg.out, progress=False).n_bits == n_bits
+
+
 def test_unpaired_patches_teach_no_heads(tmp_path, method, archive, caplog):
     store = encode(method, Broken(archive), tmp_path/"codes", progress=False)
     with caplog.at_level(logging.INFO): found = paired_features(store)

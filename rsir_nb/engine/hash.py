@@ -6,7 +6,7 @@
 __all__ = ['paired_features', 'train_hash']
 
 # %% ../../nbs/72_engine.hash.ipynb #657a4de8
-import json, logging
+import json, logging, shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def train_hash(
     run_dir:str|Path, # folder of a finished run
     archive:Archive|None=None, # whose training split is learned from; the run's own by default
     progress:bool=True, # show progress bars
-    overwrite:bool=False, # replace heads that were trained with other settings
+    overwrite:bool=False, # replace heads of other settings, and drop the run's codes and index, which they made
     **changes, # of the run's settings: n_bits=, epochs=, lr=, ...
 ) -> Method: # the run's method with its heads, also in `run_dir`/hash/method
     "Train hash heads on the frozen features of a run, or load those that are there."
@@ -62,6 +62,8 @@ def train_hash(
             log.info("%s is done", home)
             return Method.load(home/'method')
         (home/'finished.json').unlink(missing_ok=True)
+        for o in ('codes', 'codes.part', 'search') if overwrite else ():
+            shutil.rmtree(Path(run_dir)/o, ignore_errors=True)
         archive = build_archive(cfg.data) if archive is None else archive
         train = split_of(archive, trainer_config(cfg).train_split)
         options = dict(to_dict(cfg.encode), embeddings=True, progress=progress)
@@ -79,4 +81,4 @@ def _same_heads(found, job, home):
     if differ: raise InputError(f"{home} holds heads that were trained with other settings",
         found=', '.join(f"{k} {found.get(k)}" for k in differ),
         wanted=', '.join(f"{k} {job[k]}" for k in differ),
-        remedy="pass overwrite=True, or use another run; codes made with the old heads have to be made again")
+        remedy="pass overwrite=True; codes made with the old heads then have to be made again")
