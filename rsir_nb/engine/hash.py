@@ -45,7 +45,7 @@ def train_hash(
     run_dir:str|Path, # folder of a finished run
     archive:Archive|None=None, # whose training split is learned from; the run's own by default
     progress:bool=True, # show progress bars
-    overwrite:bool=False, # replace heads of other settings, and drop the run's codes and index, which they made
+    overwrite:bool=False, # replace heads of other settings, and drop the codes and index that they made
     **changes, # of the run's settings: n_bits=, epochs=, lr=, ...
 ) -> Method: # the run's method with its heads, also in `run_dir`/hash/method
     "Train hash heads on the frozen features of a run, or load those that are there."
