@@ -8,6 +8,8 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 export WANDB_MODE ?= offline
 export MPLBACKEND ?= agg
+# Threads that wait sleep instead of spinning: beside other work two OpenMP threads lose most of their time otherwise.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test dev check notebooks pytest run readme clean
 

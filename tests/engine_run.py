@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 TINY = ["plugins=[tiny_plugin]", "data=tiny_pairs", "method=csmae", "method.patch_size=15", "method.embed_dim=16",
         "method.num_heads=2", "method.specific_depth=1", "method.shared_depth=1", "method.decoder_embed_dim=16",
         "method.decoder_depth=1", "method.decoder_num_heads=2", "optim.epochs=3", "optim.warmup_epochs=1",
-        "optim.lr=1e-3", "trainer.batch_size=4", "trainer.pictures=false", "hash.n_bits=16", "hash.epochs=5",
+        "optim.lr=1e-3", "trainer.batch_size=4", "trainer.pictures=0", "hash.n_bits=16", "hash.epochs=5",
         "hash.min_steps=20", "evaluate.drawings=100"]
 
 

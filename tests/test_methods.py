@@ -106,6 +106,39 @@ def test_same_image_same_embedding_and_code_whatever_the_batch(csmae, modality, 
     assert torch.equal(csmae.embed(x.flip(0), modality).flip(0), whole)
 
 
+def test_embed_norm_is_batch_norm_in_training_and_steady_afterwards(tmp_path):
+    method, batch = CSMAE(["s1", "s2"], **TINY, embed_norm="batch"), images(16)
+    plain = CSMAE(["s1", "s2"], **TINY)
+    plain.load_state_dict({k: v for k, v in method.state_dict().items() if "embed_norms" not in k})
+    g = lambda: torch.Generator().manual_seed(0)
+    for _ in range(200): out = method.masked_pass(batch, generator=g())
+    raw = plain.masked_pass(batch, generator=g()).features
+    for m in batch:
+        wanted = torch.nn.functional.batch_norm(raw[m], None, None, training=True)
+        torch.testing.assert_close(out.features[m], wanted)
+        mean, var = raw[m].mean(0), raw[m].var(0)
+        z = (plain.embed(batch[m], m) - mean)/(var + 1e-5).sqrt()
+        torch.testing.assert_close(method.embed(batch[m], m), z, rtol=1e-3, atol=1e-3)
+        assert torch.equal(method.embed(batch[m][3:4], m), method.embed(batch[m], m)[3:4])
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    method.reconstruct(batch), method.losses({m: o[:1] for m, o in batch.items()})
+    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items()), "only batches count"
+    again = Method.load(method.save(tmp_path/"method"))
+    assert torch.equal(again.embed(batch["s1"], "s1"), method.eval().embed(batch["s1"], "s1"))
+
+
+def test_decoding_a_part_of_the_batch():
+    "The reconstruction terms are those of the first images; the contrastive term is that of all."
+    some, every = (CSMAE(["s1", "s2"], **TINY, decode_ratio=o, seed=1) for o in (0.25, 1))
+    every.load_state_dict(some.state_dict())
+    batch, noises = images(7), {m: torch.rand(7, 16, generator=torch.Generator().manual_seed(i)) for i, m in enumerate(("s1", "s2"))}
+    terms, all_terms = some.losses(batch, noises), every.losses(batch, noises)
+    few = every.losses({m: o[:2] for m, o in batch.items()}, {m: o[:2] for m, o in noises.items()})
+    torch.testing.assert_close(terms["mim"], all_terms["mim"])
+    for k in terms.keys() - {"mim", "loss"}: torch.testing.assert_close(terms[k], few[k])
+    with pytest.raises(InputError, match="above 0, up to 1"): CSMAE(["s1", "s2"], **TINY, decode_ratio=1.5)
+
+
 def test_embed_leaves_the_training_mode_alone(csmae):
     csmae.train()
     csmae.embed(images())

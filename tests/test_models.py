@@ -7,7 +7,7 @@ from rsir_nb.core import BACKBONES, InputError, UnknownNameError
 from rsir_nb.models.decoder import DECODERS, CrossSensorDecoder
 from rsir_nb.models.masking import (MASKINGS, RECONSTRUCTIONS, count_visible, decoding_plan, make_noise,
                                     masking_plan, random_masking)
-from rsir_nb.models.patches import patchify, sincos_pos_embed, unpatchify
+from rsir_nb.models.patches import PatchEmbed, patchify, sincos_pos_embed, unpatchify
 from rsir_nb.models.vit import MultiSensorViT
 
 THREE = dict(s1=2, s2=10, thermal=1)
@@ -50,19 +50,23 @@ def test_positions_are_those_of_the_formula():
 
 @pytest.mark.parametrize("ratio", [0, 0.1, 0.5, 0.7, 0.75, 0.9])
 def test_masking_keeps_what_it_says(ratio):
-    x, noise = torch.randn(5, 64, 3), make_noise(5, 64, rng())
-    kept, mask, ids_restore = random_masking(x, noise, ratio)
-    assert kept.shape[1] == count_visible(64, ratio) == int(64 * (1 - ratio))
-    filled = torch.cat([kept, torch.zeros(5, 64 - kept.shape[1], 3)], 1)
-    restored = filled.gather(1, ids_restore[..., None].expand(-1, -1, 3))
-    assert torch.equal(restored, x * (1 - mask[..., None]))
+    noise = make_noise(5, 64, rng())
+    masked = random_masking(noise, ratio)
+    assert masked.ids_keep.shape[1] == count_visible(64, ratio) == int(64 * (1 - ratio))
+    everyone = torch.cat([masked.ids_keep, masked.ids_removed], 1)
+    assert torch.equal(everyone.gather(1, masked.ids_restore), torch.arange(64).expand(5, -1))
+    assert torch.equal(masked.mask.gather(1, masked.ids_removed), torch.ones_like(masked.ids_removed).float())
+    assert masked.mask.sum() == masked.ids_removed.numel()
+    if masked.ids_removed.numel():
+        shown, hidden = noise.gather(1, masked.ids_keep), noise.gather(1, masked.ids_removed)
+        assert (shown.amax(1) < hidden.amin(1)).all()
 
 
 @pytest.mark.parametrize("modalities", ["ab", "abc", "abcde"])
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
 def test_disjoint_masks_show_no_place_twice(modalities, ratio):
     plan = masking_plan({m: make_noise(7, 64, rng()) for m in modalities}, "disjoint", ratio)
-    shown = torch.stack([1 - random_masking(torch.zeros(7, 64, 1), *p)[1] for p in plan.values()])
+    shown = torch.stack([1 - random_masking(*p).mask for p in plan.values()])
     assert shown.sum(0).max() == 1
     assert (shown.sum(2) >= 1).all()
     assert shown[0].sum(1).eq(int(64 * (1 - ratio))).all()
@@ -71,7 +75,7 @@ def test_disjoint_masks_show_no_place_twice(modalities, ratio):
 def test_ties_in_noise_do_not_break_disjoint_masks():
     noise = torch.zeros(2, 64)
     plan = masking_plan(dict(a=noise, b=noise), "disjoint", 0.5)
-    a, b = (random_masking(torch.zeros(2, 64, 1), *plan[m])[1] for m in "ab")
+    a, b = (random_masking(*plan[m]).mask for m in "ab")
     assert torch.equal(a, 1 - b)
 
 
@@ -140,17 +144,31 @@ def test_order_of_visible_tokens_does_not_matter_for_the_embedding():
     x = images(THREE)["s1"]
     low = torch.arange(16).repeat(3, 1) < 8
     noises = [torch.where(low, torch.rand(3, 16, generator=rng(i)), 1 + torch.rand(3, 16)) for i in range(2)]
-    with torch.no_grad(): a, b = (vit.pool(vit.encode(x, "s1", noise, 0.5)[0]) for noise in noises)
+    kept = [random_masking(noise, 0.5).ids_keep for noise in noises]
+    with torch.no_grad(): a, b = (vit.pool(vit.encode(x, "s1", ids)) for ids in kept)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_visible_tokens_are_all_the_encoder_sees():
     vit = MultiSensorViT(THREE, **SMALL).eval()
-    x, noise = images(THREE)["s2"], make_noise(3, 16, rng())
+    x, masked = images(THREE)["s2"], random_masking(make_noise(3, 16, rng()), 0.5)
     with torch.no_grad():
-        tokens, mask, _ = vit.encode(x, "s2", noise, 0.5)
-        changed = torch.where(mask[..., None] > 0, torch.tensor(9.0), patchify(x, 10))
-        assert torch.equal(vit.encode(unpatchify(changed, 10), "s2", noise, 0.5)[0], tokens)
+        tokens = vit.encode(x, "s2", masked.ids_keep)
+        changed = torch.where(masked.mask[..., None] > 0, torch.tensor(9.0), patchify(x, 10))
+        assert torch.equal(vit.encode(unpatchify(changed, 10), "s2", masked.ids_keep), tokens)
+
+
+def test_embedding_some_tokens_is_embedding_all_and_choosing():
+    "Values and gradients, whatever the layout of the images in memory."
+    x, ids = torch.randn(3, 5, 40, 60), torch.stack([torch.randperm(24)[:7] for _ in range(3)])
+    embed = PatchEmbed(5, 10, 16)
+    for images_ in (x, x.transpose(2, 3).contiguous().transpose(2, 3)):
+        every = embed(images_)
+        wanted = every.gather(1, ids[..., None].expand(-1, -1, 16))
+        grads = [torch.autograd.grad(o.square().sum(), embed.proj.weight)[0] for o in (wanted, embed(images_, ids))]
+        torch.testing.assert_close(embed(images_, ids), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+        assert torch.equal(patchify(images_, 10, ids), patchify(images_, 10).gather(1, ids[..., None].expand(-1, -1, 500)))
 
 
 SIZES = [("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12), ("large", 1024, 16)]
@@ -192,15 +210,18 @@ def test_every_combination_steps_for_three_sensors(masking, reconstruction, deco
     head = CrossSensorDecoder(THREE, 32, vit.grid, 10, kind=decoder, embed_dim=16, depth=1, num_heads=2)
     x = images(THREE)
     plan = masking_plan({m: make_noise(3, 16, rng(i)) for i, m in enumerate(THREE)}, masking, 0.5)
-    tokens, masks, ids = ({m: o[i] for m, o in encoded.items()} for encoded in
-                          [{m: vit.encode(x[m], m, *plan[m]) for m in THREE}] for i in range(3))
+    masks = {m: random_masking(*plan[m]) for m in THREE}
+    tokens = {m: vit.encode(x[m], m, masks[m].ids_keep) for m in THREE}
     total = 0
     for s in THREE:
         for t in THREE:
-            restore, scored = decoding_plan(s, t, ids, masks, masking, reconstruction)
-            pred = head(tokens[s], restore, t)
-            assert pred.shape == (3, 16, 100 * THREE[t])
-            total = total + reconstruction_loss(pred, patchify(x[t], 10), scored)
+            restore, ids = decoding_plan(s, t, masks, masking, reconstruction)
+            pred = head(tokens[s], restore, t, ids)
+            assert pred.shape == (3, ids.shape[1], 100 * THREE[t])
+            every, scored = head(tokens[s], restore, t), torch.zeros(3, 16).scatter(1, ids, 1)
+            loss = reconstruction_loss(pred, patchify(x[t], 10, ids))
+            torch.testing.assert_close(loss, reconstruction_loss(every, patchify(x[t], 10), scored))
+            total = total + loss
     total.backward()
     for module in vit, head:
         learning = {k: p for k, p in module.named_parameters() if p.requires_grad and "fc_norm" not in k}
@@ -211,7 +232,8 @@ def test_decoder_puts_tokens_where_they_belong():
     "A decoder without blocks predicts each visible token from itself alone, at its own place."
     head = CrossSensorDecoder(dict(a=1), 8, 4, 2, embed_dim=8, depth=0, num_heads=2).eval()
     tokens, noise = torch.randn(2, 16, 8), make_noise(2, 16, rng())
-    kept, mask, ids_restore = random_masking(tokens, noise, 0.5)
+    kept, _, ids_restore = masked = random_masking(noise, 0.5)
+    kept, mask = tokens.gather(1, kept[..., None].expand(-1, -1, 8)), masked.mask
     d = head.decoders["a"]
     with torch.no_grad():
         pred = head(torch.cat([torch.zeros(2, 1, 8), kept], 1), ids_restore, "a")

@@ -13,7 +13,7 @@ from rsir_nb.engine.train import pretrain
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A trained run with hash heads and pictures."
-    cfg = tiny_config(tmp_path_factory.mktemp("report")/"run", "optim.epochs=2", "trainer.pictures=true")
+    cfg = tiny_config(tmp_path_factory.mktemp("report")/"run", "optim.epochs=2", "trainer.pictures=1")
     pretrain(cfg, progress=False)
     train_hash(cfg.out, progress=False, n_bits=24)
     return cfg

@@ -22,7 +22,7 @@ STEPS = 4   # in an epoch: 16 training patches in batches of 4
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "A run that nobody disturbed."
-    cfg = tiny_config(tmp_path_factory.mktemp("whole")/"run", "trainer.pictures=true")
+    cfg = tiny_config(tmp_path_factory.mktemp("whole")/"run", "trainer.pictures=1")
     return pretrain(cfg, progress=False)
 
 
@@ -60,7 +60,7 @@ def test_killed_run_goes_on_to_the_same_curve(tmp_path, whole, at):
 
 def test_finished_run_returns_at_once_and_says_so(whole, caplog):
     before = (whole/"metrics.csv").stat().st_mtime_ns
-    with caplog.at_level(logging.INFO): pretrain(tiny_config(whole, "trainer.pictures=true"), progress=False)
+    with caplog.at_level(logging.INFO): pretrain(tiny_config(whole, "trainer.pictures=1"), progress=False)
     assert "is done" in caplog.text
     assert (whole/"metrics.csv").stat().st_mtime_ns == before
 

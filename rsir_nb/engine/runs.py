@@ -218,14 +218,17 @@ class RunBar(pl.Callback):
 
 # %% ../../nbs/70_engine.runs.ipynb #357f40e1
 class EpochPictures(pl.Callback):
-    "Save the method's picture of the same patch after each epoch."
+    "Save the method's picture of the same patch after the first epoch, the last, and every so many between."
     def __init__(self,
         folder:str|Path, # where epoch_000.png, epoch_001.png, ... go
         batch:dict, # modality -> patches in raw units, (B,C,H,W)
+        every:int=1, # epochs from one picture to the next
     ):
-        self.folder, self.batch = Path(folder), batch
+        self.folder, self.batch, self.every = Path(folder), batch, int(every)
 
     def on_train_epoch_end(self, trainer, module):
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.current_epoch % self.every and not last: return
         if not (trainer.is_global_zero and self.batch and hasattr(module, 'show_reconstruction')): return
         axes = module.show_reconstruction(self.batch, generator=torch.Generator().manual_seed(0))
         figure = next(iter(getattr(axes, 'flat', [axes]))).figure

@@ -77,7 +77,7 @@ class TrainerConfig:
     train_split:str|None = 'train' # the split that is learned from; None for all patches
     val_split:str|None = None # the split that decides which epoch was best; None for none
     log_every:int = 1 # steps between two rows of metrics.csv
-    pictures:bool = True # whether each epoch leaves a picture of reconstructions
+    pictures:int = 1 # epochs from one picture of reconstructions to the next; 0 for none
     wandb:str = 'off' # 'off', 'offline', or 'online', which is offline where there is no login or network
 
     def __post_init__(self):
@@ -186,7 +186,8 @@ def _fit(method, archive, cfg, run_dir, progress):
     data = ArchiveData(train, val, batch_size=o.batch_size, num_workers=o.num_workers, seed=cfg.seed,
                        augment=o.augment, modalities=list(method.sensors))
     callbacks = [EpochSeeds(cfg.seed), CsvLog(run_dir/'metrics.csv', o.log_every)]
-    if o.pictures: callbacks.append(EpochPictures(run_dir/'pictures', first_pairs(val or train, method, 1)))
+    if o.pictures: callbacks.append(EpochPictures(run_dir/'pictures', first_pairs(val or train, method, 1),
+                                                  o.pictures))
     if progress: callbacks.append(RunBar(run_dir.name))
     with _quiet_lightning():
         trainer = make_trainer(o, method.optim.epochs, [*callbacks, KeepLast(run_dir/'checkpoints')],

@@ -8,6 +8,7 @@ __all__ = ['standardise_tokens', 'reconstruction_loss']
 # %% ../../nbs/30_losses.reconstruction.ipynb #35b64733
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core import LOSSES, InputError, unknown_name
 
@@ -25,17 +26,17 @@ def standardise_tokens(
 def reconstruction_loss(
     pred:Tensor, # predicted tokens, (B,L,D)
     target:Tensor, # true tokens, normalised values, (B,L,D)
-    mask:Tensor, # 1 where the token was removed and counts, (B,L)
+    mask:Tensor|None=None, # 1 where the token was removed and counts, (B,L); all count by default
     kind:str='l2', # 'l2' (squared error) or 'l1' (absolute error)
     norm_pix:bool=False, # bring each target token to mean 0 and variance 1 first
 ) -> Tensor: # scalar
     "Mean error of the removed tokens."
     if kind not in ('l1', 'l2'): raise unknown_name('kind of reconstruction error', kind, ('l1', 'l2'))
+    if mask is None: mask = torch.ones(target.shape[:2], device=target.device)
     if pred.shape != target.shape or mask.shape != target.shape[:2]:
         raise InputError("prediction, target and mask do not belong together",
             found=f"shapes {tuple(pred.shape)}, {tuple(target.shape)} and {tuple(mask.shape)}",
             wanted="(B,L,D), (B,L,D) and (B,L)")
     if norm_pix: target = standardise_tokens(target)
-    error = (pred.to(target.dtype) - target)
-    error = (error.square() if kind == 'l2' else error.abs()).mean(-1)
-    return (error*mask).sum() / mask.sum().clamp_min(1)
+    error = (F.mse_loss if kind == 'l2' else F.l1_loss)(pred.to(target.dtype), target, reduction='none')
+    return (error.mean(-1)*mask).sum() / mask.sum().clamp_min(1)

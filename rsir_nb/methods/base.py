@@ -43,7 +43,7 @@ def _arguments(cls, args, kwargs):
 
 # %% ../../nbs/50b_methods.base.ipynb #257e622c
 @contextmanager
-def _inference(module):
+def evaluating(module):
     "No gradients and no dropout inside the block."
     was = module.training
     try:
@@ -110,7 +110,7 @@ class Method(pl.LightningModule):
         on_cpu = self.device.type == 'cpu'
         block, pad = (len(x), self.least_batch) if on_cpu else (self.gpu_batch, self.gpu_batch)
         look = lambda rows: self.encode(self.prepare(rows, modality), modality)
-        with _inference(self): return in_blocks(look, x, block, pad)
+        with evaluating(self): return in_blocks(look, x, block, pad)
 
 # %% ../../nbs/50b_methods.base.ipynb #ddae5de4
 def _modalities(method, batch):
@@ -154,7 +154,7 @@ def hash(self:Method,
         remedy="set method.heads, see rsir_nb.methods.hashing.train_heads; or search the float embeddings")
     if modality not in self.heads: raise unknown_name('modality with a hash head', modality, self.heads)
     x = embedding.to(self.device, torch.float32)
-    with _inference(self): return in_blocks(self.heads[modality], x, self.gpu_batch, self.gpu_batch)
+    with evaluating(self): return in_blocks(self.heads[modality], x, self.gpu_batch, self.gpu_batch)
 
 # %% ../../nbs/50b_methods.base.ipynb #68becf64
 @patch

@@ -40,15 +40,18 @@ class PatchDecoder(nn.Module):
         tokens:Tensor, # class token and visible tokens of any sensor, (B,1+V,D)
         ids_restore:Tensor, # where each token belongs, (B,L)
         target:str, # sensor whose pixels are predicted
-    ) -> Tensor: # predicted tokens, (B,L,P*P*C)
-        "Predict every token of `target`."
+        ids:Tensor|None=None, # numbers of the tokens that are wanted, (B,S); all of them by default
+    ) -> Tensor: # predicted tokens, those of `ids` or all in reading order, (B,L,P*P*C)
+        "Predict tokens of `target`."
         if target not in self.preds: raise unknown_name('target sensor of this decoder', target, self.preds)
         cls_token, x = self.embed(tokens).split([1, tokens.shape[1] - 1], dim=1)
         B, L, D = len(x), ids_restore.shape[1], x.shape[2]
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(B, L - x.shape[1], D)], dim=1)
         x = x.gather(1, ids_restore[..., None].expand(-1, -1, D))
         x = torch.cat([cls_token, x], dim=1) + self.pos_embed
-        return self.preds[target](self.norm(self.blocks(x))[:, 1:])
+        x = self.blocks(x)[:, 1:]
+        if ids is not None: x = x.gather(1, ids[..., None].expand(-1, -1, D))
+        return self.preds[target](self.norm(x))
 
 # %% ../../nbs/23_models.decoder.ipynb #2322825c
 DECODERS = ('specific', 'common')
@@ -74,7 +77,8 @@ class CrossSensorDecoder(nn.Module):
         tokens:Tensor, # class token and visible tokens of any sensor, (B,1+V,D)
         ids_restore:Tensor, # where each token belongs, (B,L)
         target:str, # sensor whose pixels are predicted
-    ) -> Tensor: # predicted tokens, (B,L,P*P*C)
-        "Predict every token of `target`."
+        ids:Tensor|None=None, # numbers of the tokens that are wanted, (B,S); all of them by default
+    ) -> Tensor: # predicted tokens, those of `ids` or all in reading order, (B,L,P*P*C)
+        "Predict tokens of `target`."
         if target not in self.targets: raise unknown_name('target sensor', target, self.targets)
-        return self.decoders['common' if self.kind == 'common' else target](tokens, ids_restore, target)
+        return self.decoders['common' if self.kind == 'common' else target](tokens, ids_restore, target, ids)

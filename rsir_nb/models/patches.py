@@ -8,6 +8,7 @@ __all__ = ['patchify', 'unpatchify', 'PatchEmbed', 'sincos_pos_embed']
 # %% ../../nbs/20_models.patches.ipynb #de3cf2e8
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core import InputError
 
@@ -15,14 +16,16 @@ from ..core import InputError
 def patchify(
     x:Tensor, # images, (B,C,H,W)
     patch_size:int, # side of a token in pixels, P; H and W are multiples of it
-) -> Tensor: # tokens in reading order, channel fastest, (B,L,P*P*C)
+    ids:Tensor|None=None, # numbers of the tokens that are wanted, (B,V); all of them by default
+) -> Tensor: # tokens, those of `ids` or all in reading order; channel fastest, (B,L,P*P*C)
     "Cut images into square tokens."
     B, C, H, W = x.shape
     if H % patch_size or W % patch_size:
         raise InputError("images cannot be cut into whole tokens", found=f"{H} x {W} pixels",
             wanted=f"a multiple of patch_size {patch_size}", remedy="resample them or change patch_size")
     x = x.reshape(B, C, H//patch_size, patch_size, W//patch_size, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size*patch_size*C)
+    x = x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size*patch_size*C)
+    return x if ids is None else x[torch.arange(B, device=x.device)[:, None], ids]
 
 # %% ../../nbs/20_models.patches.ipynb #96135ff2
 def unpatchify(
@@ -54,9 +57,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self,
         x:Tensor, # normalised images, (B,C,H,W)
-    ) -> Tensor: # tokens in reading order, (B,L,D)
-        "Embed each token of `x`."
-        return self.proj(x).flatten(2).transpose(1, 2)
+        ids:Tensor|None=None, # numbers of the tokens that are wanted, (B,V); all of them by default
+    ) -> Tensor: # embedded tokens, those of `ids` or all in reading order, (B,L,D)
+        "Embed the tokens of `x`."
+        if ids is None: return self.proj(x).flatten(2).transpose(1, 2)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patchify(x, self.patch_size, ids), weight, self.proj.bias)
 
 # %% ../../nbs/20_models.patches.ipynb #b71db778
 def sincos_pos_embed(

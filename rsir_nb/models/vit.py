@@ -13,7 +13,6 @@ from ..core import BACKBONES, InputError, declare_torchvision_ops, unknown_name
 declare_torchvision_ops()
 from timm.models.vision_transformer import Block
 
-from .masking import random_masking
 from .patches import PatchEmbed, sincos_pos_embed
 
 # %% ../../nbs/22_models.vit.ipynb #2dcbb22e
@@ -78,20 +77,16 @@ class MultiSensorViT(nn.Module):
         self.fc_norm = norm() if global_pool == 'avg' else nn.Identity()
         self.apply(init_transformer)
 
-    def encode(self, x:Tensor, modality:str, noise:Tensor|None=None, mask_ratio:float=0.):
-        "Tokens (B,1+V,D) with the class token first, mask (B,L) and ids_restore (B,L); see `random_masking`."
+    def encode(self, x:Tensor, modality:str, ids_keep:Tensor|None=None) -> Tensor:
+        "Tokens (B,1+V,D), the class token first: those of `ids_keep` (B,V), or all in reading order."
         _check_images(x, modality, self.in_chans, self.img_size)
-        tokens = self.patch_embeds[modality](x) + self.pos_embed[:, 1:]
-        mask = tokens.new_zeros(tokens.shape[:2])
-        ids_restore = torch.arange(self.n_tokens, device=x.device).expand(len(x), -1)
-        if mask_ratio != 0:
-            noise = torch.rand_like(mask) if noise is None else noise.to(x.device)
-            tokens, mask, ids_restore = random_masking(tokens, noise, mask_ratio)
+        positions = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
+        tokens = self.patch_embeds[modality](x, ids_keep) + positions
         cls_token = self.cls_tokens[modality] + self.pos_embed[:, :1]
         tokens = torch.cat([cls_token.expand(len(x), -1, -1), tokens], dim=1)
         if modality in self.specific_blocks:
             tokens = self.specific_norms[modality](self.specific_blocks[modality](tokens))
-        return self.norm(self.blocks(tokens)), mask, ids_restore
+        return self.norm(self.blocks(tokens))
 
     def pool(self, tokens:Tensor) -> Tensor:
         "One vector an image, (B,D), from the tokens that `encode` gives."
@@ -102,7 +97,7 @@ class MultiSensorViT(nn.Module):
         modality:str, # name of the sensor
     ) -> Tensor: # embedding, (B,D)
         "Embed images without masking; the same image gets the same vector each time."
-        return self.pool(self.encode(x, modality)[0])
+        return self.pool(self.encode(x, modality))
 
 # %% ../../nbs/22_models.vit.ipynb #1de0a809
 def _check_sizes(in_chans, img_size, patch_size, global_pool):

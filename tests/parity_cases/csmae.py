@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from rsir_nb.losses.contrastive import modality_discrepancy_loss, ntxent_loss
 from rsir_nb.losses.reconstruction import reconstruction_loss
 from rsir_nb.models.decoder import CrossSensorDecoder
-from rsir_nb.models.masking import masking_plan
+from rsir_nb.models.masking import masking_plan, random_masking
 from rsir_nb.models.patches import patchify, sincos_pos_embed
 from rsir_nb.models.vit import MultiSensorViT
 from rsir_nb.models.weights import from_published_names, infer_config, load_published, to_published_names
@@ -107,12 +107,13 @@ def backbone_masked(case):
     plan = masking_plan(noises_of(case), case.id.split("_")[-2], case.constants["mask_ratio"])
     for m in SENSORS:
         with torch.no_grad():
-            tokens, mask, ids_restore = vit.encode(x[m], m, *plan[m])
+            masked = random_masking(*plan[m])
+            tokens = vit.encode(x[m], m, masked.ids_keep)
             case.compare(f"out_{m}", vit.pool(tokens))
         assert tokens.shape[1] == 1 + case.constants[f"kept_tokens_{m}"]
         case.compare(f"feats_{m}", tokens)
-        case.compare(f"mask_{m}", mask, like="ids_and_masks")
-        case.compare(f"ids_restore_{m}", ids_restore, like="ids_and_masks")
+        case.compare(f"mask_{m}", masked.mask, like="ids_and_masks")
+        case.compare(f"ids_restore_{m}", masked.ids_restore, like="ids_and_masks")
 
 
 @check("csmae.backbone_full_recipe")
@@ -129,7 +130,7 @@ def backbone_full_recipe(case):
     for m in SENSORS:
         with torch.no_grad():
             case.compare(m, vit(x[m], m))
-            tokens, _, _ = vit.encode(x[m], m, *plan[m])
+            tokens = vit.encode(x[m], m, random_masking(*plan[m]).ids_keep)
             case.compare(f"masked_out_{m}", vit.pool(tokens))
             case.compare(f"masked_feats_{m}_first3tokens", tokens[:, :3])
 
@@ -234,14 +235,16 @@ def compare_objective(case, method, noises, prefix=""):
     "Every output under `prefix`, from one masked pass; its terms."
     out = method.masked_pass(images_of(case), {m: v for m, v in noises.items() if v is not None})
     terms = method.losses_of(out)
+    pairs = method.pairs(out.images)
+    with torch.no_grad(): guessed = {pair: method.predict(out, *pair, every_token=True) for pair in pairs}
     rebuilt = [v for k, v in terms.items() if k.startswith(("umr", "cmr"))]
     values = {f"loss_{k}": v for k, v in terms.items() if k not in ("loss", "mde")}
     values |= {"loss_total": terms["loss"], "loss_reconstruction_sum": sum(rebuilt)}
     if "mde" in terms: values["loss_mde_signed"] = terms["mde"]
-    for m in SENSORS: values |= {f"mask_{m}": out.masks[m], f"feats_{m}": out.features[m]}
-    for (s, t), pred in out.predictions.items():
+    for m in SENSORS: values |= {f"mask_{m}": out.masks[m].mask, f"feats_{m}": out.features[m]}
+    for (s, t), (pred, ids) in guessed.items():
         values[f"pred_{t}_from_{s}"] = pred
-        if s != t: values[f"mask_{t}_from_{s}"] = out.scored[s, t]
+        if s != t: values[f"mask_{t}_from_{s}"] = torch.zeros(pred.shape[:2]).scatter(1, ids, 1)
     pattern = re.compile(r"(.+?)(?:_every(\d+)th_token|_tok(\d+)(?:_first(\d+))?)?")
     for name in [n for n in case.output_names() if n.startswith(prefix) and n != "gradient_norms"]:
         part = pattern.fullmatch(name.removeprefix(prefix))
