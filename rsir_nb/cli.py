@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'Config', 'Run', 'Overrides', 'DryRun', 'KINDS', 'main', 'list_command', 'convert_command',
            'info_command', 'verify_command', 'pretrain_command', 'hash_command', 'encode_command', 'index_command',
-           'query_command', 'evaluate_command', 'report_command', 'demo_command']
+           'query_command', 'evaluate_command', 'report_command', 'gallery_command', 'demo_command']
 
 # %% ../nbs/91_cli.ipynb #2d002aa1
 import logging, sys
@@ -21,7 +21,7 @@ from .data.store import PatchStore, write_store
 from .engine.encode import encode_run
 from .engine.evaluate import evaluate
 from .engine.hash import train_hash
-from .engine.report import write_report
+from .engine.report import write_gallery, write_report
 from .engine.search import Retriever
 from .engine.stages import archive_picture, demo, index_run
 from .engine.train import build_archive, pretrain
@@ -245,6 +245,24 @@ def report_command(
 ):
     "Write a run's report: scores, margins, curves and galleries."
     path = write_report(run)
+    print(path)
+    return path
+
+# %% ../nbs/91_cli.ipynb #63dc5dcb
+@app.command('gallery')
+def gallery_command(
+    run:Run, # an indexed run
+    queries:Annotated[list[str], typer.Argument(help="Ids or files; by default some are drawn.")]=[], # noqa: B006
+    source:Annotated[str, typer.Option(help="The queries' sensor, e.g. s1.")]=None, # if unclear
+    target:Annotated[str, typer.Option(help="The sensor to search; the query's by default.")]=None, # where
+    k:Annotated[int, typer.Option('--k', '-k', help="Hits of each query.")]=8, # how many
+    where:Annotated[str, typer.Option(help="A filter over the table: \"split == 'test'\".")]=None, # which
+    n:Annotated[int, typer.Option('--n', '-n', help="Queries to draw.")]=6, # how many
+    seed:Annotated[int, typer.Option(help="Another seed draws other queries.")]=0, # of the draw
+    html:Annotated[Path, typer.Option(help="The page; RUN/gallery.html by default.")]=None, # where to
+):
+    "Write a page of queries and their hits."
+    path = write_gallery(run, queries, html, source, target, k, where, n, seed)
     print(path)
     return path
 

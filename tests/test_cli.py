@@ -23,6 +23,7 @@ SMALL = ["data.n_places=3", "data.patches_per_place=2", "data.img_size=30"]
     ("evaluate nowhere", "nowhere"),
     ("query nowhere some_patch", "nowhere"),
     ("report nowhere", "nowhere"),
+    ("gallery nowhere", "nowhere"),
     ("search", "search"),
 ])
 def test_a_mistake_is_one_message(line, said, capsys, tmp_path, monkeypatch):
@@ -65,6 +66,12 @@ def test_folder_of_images_to_hits(tmp_path, capsys):
     asked[2] = Retriever.load(f"{run}/search").store.ids[1]
     assert main(asked) == 0
     assert hits.read_text().count('"Polygon"') == 3 and page.read_text().count("<img") >= 4
+    assert main(["gallery", run, "--n", "2", "--k", "3"]) == 0
+    page = (tmp_path / "run" / "gallery.html").read_text()
+    assert page.count("<img") == page.count(' alt="') == 2 * 4
+    assert main(["gallery", run, asked[2], "--k", "2", "--html", str(tmp_path / "one.html")]) == 0
+    assert asked[2] in (tmp_path / "one.html").read_text()
+    assert main(["gallery", run, "--source", "s9"]) == 2
 
 
 def test_the_installed_command_runs():

@@ -25,7 +25,7 @@ def page(run): return write_report(run.out, progress=False).read_text()
 
 def test_everything_is_there(page):
     for words in ("Does it beat the baselines?", "Queries and answers", "Precision at k", "Precision over recall",
-                  "All scores", "Training", "half-hidden patch", "How it was made", "24 bits, 3 bytes", "n_bits: 24",
+                  "All scores", "Training", "a patch that it sees a part of", "How it was made", "24 bits, 3 bytes", "n_bits: 24",
                   "the untrained network", "canonical correlation of band statistics", "chance"):
         assert words in page, words
     for way in "S1 → S1", "S1 → S2", "S2 → S1", "S2 → S2": assert page.count(f"<h3>{way}: tiny_") == 2

@@ -53,6 +53,12 @@ class Evaluation:
         return wide.loc[names.unique()]
 
     @property
+    def curves(self) -> list[str]:
+        "What `show_curves` can draw of what was measured."
+        need = dict(precision={'precision'}, recall={'precision', 'recall'})
+        return [o for o, names in need.items() if names <= set(self.table.metric)]
+
+    @property
     def depth(self) -> str:
         "How deep the deepest scores look, in words."
         k, n = self.table.k.max(), self.table.n_items.max()
@@ -79,6 +85,8 @@ def show_curves(self:Evaluation,
     kinds:Sequence[str]=('binary', 'float', 'random'), # which systems
 ): # the axes, one a direction
     "Precision at k, or precision over recall, in every direction."
+    if of not in self.curves: raise InputError(f"there is no curve of {of}",
+        found=f"scores of {', '.join(self.table.metric.unique())}", remedy="measure precision and recall too")
     rows = self.table[self.table.kind.isin(kinds) & self.table.metric.isin(['precision', 'recall'])]
     systems, names = (list(rows.groupby(o, sort=False).groups) for o in (['system', 'kind'], 'direction'))
     side = math.ceil(math.sqrt(len(names)))
@@ -105,13 +113,14 @@ def evaluate_store(
     baselines:Sequence[System]=(), # further systems
     depth:int=1000, # how deep is looked at most
     drawings:int=1000, # of the bootstrap
-    metrics:Sequence[str]|None=None, # names in `METRICS`; all that can be computed by default
+    metrics:Sequence[str]|None=None, # names in `METRICS` beside map; all that can be computed by default
     seed:int=0, # of bootstrap and random order
 ) -> Evaluation: # of codes and embeddings, and of the baselines
     "Score a store in all directions."
     kinds = dict(binary=store.n_bits, float=len(store.embeddings))
     own = [System(name, store, kind) for kind, there in kinds.items() if there]
     ks, results = get_protocol(protocol).ks, []
+    metrics = metrics and list(dict.fromkeys(['map', *metrics]))
     for system in [*own, *baselines]:
         for d in directions(system.store, protocol):
             if d.source == d.target or system.across or system.kind == 'random':
@@ -169,7 +178,7 @@ class EvaluateConfig:
     baselines:tuple = tuple(BASELINES) # names as of `make_baseline`, and 'random'
     depth:int = 1000 # how deep rankings are looked at most
     drawings:int = 1000 # of the bootstrap
-    metrics:list|None = None # names in `METRICS`; all that can be computed by default
+    metrics:list|None = None # names in `METRICS` beside map; all that can be computed by default
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #99d49935
 register_schema('evaluate', EvaluateConfig)
@@ -208,7 +217,7 @@ def save(self:Evaluation,
         self.table.to_csv(part/'scores.csv', index=False)
         self.margins.to_csv(part/'margins.csv', index=False)
         write_json(part/'evaluation.json', self.about)
-        for of in 'precision', 'recall':
+        for of in self.curves:
             figure = self.show_curves(of)[0].figure
             figure.savefig(part/f'{of}.png', dpi=120)
             plt.close(figure)
