@@ -2,7 +2,7 @@
 
 The published way, in eager float32, embeds every token and throws the masked ones away, predicts every token
 of every target and multiplies the error with the mask. The package embeds only what is visible and predicts
-only what counts. Both take turns on the same network, images and masks; a step is forward, backward and AdamW.
+only what counts. Both take turns on the same network, images and masks; a step is forward, backward, AdamW.
 
     python benchmarks/train_step.py                            # ViT-B, SESD, what the machine has
     python benchmarks/train_step.py --device cuda --batch 128
