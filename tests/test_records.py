@@ -8,7 +8,6 @@ import pickle
 import pickletools
 import struct
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -68,10 +67,6 @@ def test_real_v1_records(shared):
     reader = LmdbReader(shared / "data/configilm_ben_lmdb/BENv1/BigEarthNetEncoded.lmdb")
     assert len(reader) == 30
     for key in reader.keys(): check(reader.get(key))
-    value = reader.get(reader.keys()[0])
-    start = time.perf_counter()
-    for _ in range(20): load_v1_record(value)
-    assert (time.perf_counter() - start) / 20 < 0.02, "a record takes about a millisecond"
 
 
 def test_real_v1_records_of_numpy_2(shared):
@@ -241,11 +236,9 @@ NAMED = {"pickle: os.system": "system", "pickle: eval": "builtins.eval", "pickle
 @pytest.mark.parametrize("case", CASES)
 def test_hostile_records_are_refused(case, load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    start = time.perf_counter()
     with pytest.raises((UnsafeFileError, CorruptError)) as caught: load(CASES[case], "patch_7")
     assert "patch_7" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert not os.listdir(tmp_path), "something ran"
-    assert time.perf_counter() - start < 5
     if case in NAMED:
         assert isinstance(caught.value, UnsafeFileError)
         pytest.raises(UnsafeFileError, load, CASES[case]).match(NAMED[case])

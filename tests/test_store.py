@@ -428,26 +428,6 @@ def test_the_map_grows_under_a_reader(tmp_path):
     assert len(PatchStore(tmp_path / "a")) == 3
 
 
-# speed
-
-def test_reading_is_fast(tmp_path):
-    rng = np.random.default_rng(0)
-    archive = TensorArchive(dict(s1=rng.normal(-14, 4, (16, 2, 120, 120)), s2=rng.integers(0, 9000, (16, 10, 120, 120))))
-    write_store(archive, tmp_path / "a", progress=False)
-    back = PatchStore(tmp_path / "a")
-
-    def best(func, rounds=15):
-        times = []
-        for _ in range(rounds):
-            begin = time.process_time()
-            for i in range(16): func(i)
-            times.append((time.process_time() - begin) / 16)
-        return min(times) * 1e3
-    ms, copy = best(back.read), best(lambda i: back._use(i, lambda m, x: None))
-    print(f"{ms:.3f} ms a patch, {copy:.3f} ms of it for finding and checking")
-    assert ms < 0.5, "a tenth of a millisecond where nothing else runs"
-
-
 def test_sensor_of_a_modality_is_kept(tmp_path):
     sensor = get_sensor("s2").subset(["B04", "B03", "B02"])
     archive = TensorArchive(dict(optical=make_archive(2).arrays["s2"][:, :3]), dict(optical=sensor))
