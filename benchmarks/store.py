@@ -1,7 +1,7 @@
 """Claim: reading a patch from the store is 20 times as fast as decoding a published BigEarthNet v1 record.
 
 The peer is the package's own reader of v1 records (restricted unpickling, ten bands brought to one grid with
-the published bicubic resampling), on one thread like the store. The published decoder makes a validated object
+the published bicubic resampling), on one thread like the store. The published decoder makes a valid object
 of every band as well; 2.1 ms a patch were measured for it on one core elsewhere, and it is not run here.
 
     python benchmarks/store.py ../shared/data/configilm_ben_lmdb/BENv1/BigEarthNetEncoded.lmdb
