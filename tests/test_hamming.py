@@ -1,6 +1,9 @@
 "The Hamming index against faiss, against its definition, and against a model that is changed along with it."
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -244,6 +247,14 @@ def test_searching_after_a_fork_and_after_pickling():
     np.testing.assert_array_equal(queue.get(timeout=60), expected)
     child.join()
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(ix)).search(codes[:3], 5)[1], expected)
+
+
+def test_no_compiled_code_is_kept_on_disk(tmp_path):
+    "numba's cache mixes up kernels when two processes fill it at once; results were silently wrong."
+    code = ("import numpy as np; from rsir_nb.retrieval.hamming import HammingIndex; ix = HammingIndex(64); "
+            "ix.add(np.arange(80, dtype=np.uint8).reshape(10, 8)); ix.search(ix.codes, 3); ix.range_search(ix.codes, 3)")
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
+    assert not list(tmp_path.rglob("*.nb?"))
 
 
 def test_found_by_name():

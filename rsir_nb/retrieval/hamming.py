@@ -46,9 +46,7 @@ def _popcount(typing, word):
     def build(context, builder, signature, args): return builder.ctpop(args[0])
     return numba.uint64(numba.uint64), build
 
-def _jit(func):
-    try: return numba.njit(nogil=True, cache=True)(func)
-    except RuntimeError: return numba.njit(nogil=True)(func)
+_jit = numba.njit(nogil=True, cache=False)
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #3b83711b
 RUN = 128
