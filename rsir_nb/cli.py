@@ -8,7 +8,8 @@ __all__ = ['app', 'data_app', 'Config', 'Run', 'Overrides', 'DryRun', 'KINDS', '
            'query_command', 'evaluate_command', 'report_command', 'gallery_command', 'demo_command']
 
 # %% ../nbs/91_cli.ipynb #2d002aa1
-import logging, sys
+import logging, os, sys
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # read when torch is loaded, below
 from pathlib import Path
 from typing import Annotated
 
