@@ -256,7 +256,7 @@ def gallery_command(
     queries:Annotated[list[str], typer.Argument(help="Ids or files; by default some are drawn.")]=[], # noqa: B006
     source:Annotated[str, typer.Option(help="The queries' sensor, e.g. s1.")]=None, # if unclear
     target:Annotated[str, typer.Option(help="The sensor to search; the query's by default.")]=None, # where
-    k:Annotated[int, typer.Option('--k', '-k', help="Hits of each query.")]=8, # how many
+    k:Annotated[int, typer.Option('--k', '-k', help="Hits of each query.")]=6, # how many
     where:Annotated[str, typer.Option(help="A filter over the table: \"split == 'test'\".")]=None, # which
     n:Annotated[int, typer.Option('--n', '-n', help="Queries to draw.")]=6, # how many
     seed:Annotated[int, typer.Option(help="Another seed draws other queries.")]=0, # of the draw

@@ -243,7 +243,7 @@ def write_gallery(
     path:str|Path|None=None, # page to write; `run_dir`/gallery.html by default
     source:str|None=None, # the queries' sensor; by default the first that has seen them
     target:str|None=None, # the sensor that is searched; the queries' own by default
-    k:int=8, # hits of each query
+    k:int=6, # hits of each query
     where:str|None=None, # a filter over the table, for hits and for queries that are drawn
     n:int=6, # queries that are drawn
     seed:int=0, # of the draw
