@@ -46,7 +46,7 @@ def main(
     except typer.Exit as e: return e.exit_code
     except (typer.Abort, KeyboardInterrupt): return _fail('stopped; the same command goes on from here', 130)
     except Exception as e:
-        if debug or not (isinstance(e, RsirError) or hasattr(e, 'format_message')): raise
+        if debug or not (isinstance(e, (RsirError, OSError)) or hasattr(e, 'format_message')): raise
         return _fail(e.format_message() if hasattr(e, 'format_message') else str(e), 2)
     return 0
 

@@ -210,3 +210,8 @@ def test_tabulate_keeps_every_query(store):
     t = tabulate([r], drawings=20)
     assert np.isclose(t[(t.metric == "map") & (t.k == 10)]["value"].item(), r.scores["map"][:, r.ks.index(10)].mean())
     assert len(json.loads(t.to_json())) == len(t.columns)
+
+
+def test_nobody_is_its_own_answer_in_an_archive_without_splits(store, monkeypatch):
+    monkeypatch.setattr("rsir_nb.engine.protocols._in_split", lambda store, name: np.ones(len(store), bool))
+    for d in directions(store, "csmae"): assert np.array_equal(d.items[d.own], d.queries)

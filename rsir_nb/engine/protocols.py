@@ -68,16 +68,17 @@ def directions(
     "Every direction between the sensors of `store`."
     o, labelled, found = get_protocol(protocol), store_labels(store).any(1), []
     asks, answers = (_in_split(store, name) for name in (o.query, o.archive))
+    leave_out = o.leave_out or np.array_equal(asks, answers) # nobody is its own answer
     for s in store.modalities:
         for t in store.modalities:
             queries = np.flatnonzero(asks & labelled & store.present(s))
             items = np.flatnonzero(answers & store.present(t))
-            if o.leave_out: queries = queries[np.isin(queries, items)]
-            if not len(queries) or len(items) <= o.leave_out:
+            if leave_out: queries = queries[np.isin(queries, items)]
+            if not len(queries) or len(items) <= leave_out:
                 raise InputError(f"nothing to evaluate from {s} to {t}",
                     found=f"{len(queries)} queries in {o.query!r}, {len(items)} patches in {o.archive!r}",
                     remedy="choose another protocol, or give the archive splits and labels")
-            own = np.searchsorted(items, queries) if o.leave_out else None
+            own = np.searchsorted(items, queries) if leave_out else None
             found.append(Direction(s, t, queries, items, own))
     return found
 

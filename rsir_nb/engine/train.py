@@ -85,6 +85,9 @@ class TrainerConfig:
             if str(getattr(self, key)) not in legal:
                 raise InputError(f"trainer.{key} is not known", found=repr(getattr(self, key)),
                                  wanted=' or '.join(legal))
+        for key in 'batch_size', 'accumulate', 'num_nodes':
+            if getattr(self, key) < 1: raise InputError(f"trainer.{key} is too small",
+                                                        found=getattr(self, key), wanted="1 or more")
 
 # %% ../../nbs/70a_engine.train.ipynb #5f27e7f5
 register_schema('trainer', TrainerConfig)

@@ -30,6 +30,11 @@ class OptimConfig:
         object.__setattr__(self, 'betas', tuple(self.betas))
         if self.schedule not in ('cosine', 'constant'):
             raise unknown_name('schedule', self.schedule, ('cosine', 'constant'))
+        if not (self.lr > 0 and self.epochs >= 1 and self.warmup_epochs >= 0 and self.weight_decay >= 0):
+            raise InputError("the optimiser cannot work with this",
+                found=f"lr {self.lr}, epochs {self.epochs}, "
+                f"warmup_epochs {self.warmup_epochs}, weight_decay {self.weight_decay}",
+                wanted="lr above 0, epochs from 1, the others from 0")
 
 # %% ../../nbs/50a_methods.optim.ipynb #12678486
 def make_optim(
