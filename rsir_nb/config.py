@@ -104,7 +104,7 @@ def _read(path):
     "A YAML file as a plain dict, interpolations untouched."
     if not path.is_file(): raise MissingFileError(f"the config {path} is not there")
     try: found = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException) as e:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
         raise InputError(f"the config {path} is not readable as YAML", found=' '.join(str(e).split())) from e
     if isinstance(found, dict): return found
     raise InputError(f"the config {path} has no keys", wanted="lines 'key: value'")

@@ -16,6 +16,7 @@ SMALL = ["data.n_places=3", "data.patches_per_place=2", "data.img_size=30"]
     ("pretrain demo nonsense", "key=value"),
     ("pretrain demo optim.epochs=-3", "epochs -3"),
     ("pretrain demo optim.lr=-1", "lr above 0"),
+    ("pretrain demo method.num_heads=0 data.n_places=3 data.patches_per_place=1 data.img_size=30", "num_heads"),
     ("pretrain demo trainer.batch_size=0", "trainer.batch_size"),
     ("list metods", "methods"),
     ("data convert synthtic out.store", "synthetic"),

@@ -264,6 +264,7 @@ def write_gallery(
 def _drawn(search, source, where, n, seed):
     "Ids of `n` patches that `source` has seen and the filter lets through."
     sensors = search.store.modalities
+    if n < 1: raise InputError("no query is asked for", found=f"n={n}", wanted="1 or more")
     if source not in (None, *sensors): raise unknown_name('sensor', source, sensors)
     rows, seen = search.rows_where(where), search.store.present(source or sensors[0])
     rows = np.flatnonzero(seen) if rows is None else rows[seen[rows]]

@@ -24,7 +24,7 @@ def make_blocks(
     norm_eps:float=1e-6, # epsilon of the layer norms
 ) -> nn.Sequential: # tokens (B,L,D) to tokens
     "A stack of pre-norm transformer blocks."
-    if dim % num_heads:
+    if num_heads < 1 or dim % num_heads:
         raise InputError("attention heads do not divide the width", found=f"{num_heads} heads, width {dim}",
                          wanted="a divisor", remedy="change num_heads or embed_dim")
     norm = lambda d, **kw: nn.LayerNorm(d, eps=norm_eps, **kw)
