@@ -32,9 +32,13 @@ class ToyTrainer:
 def toy_optim(lr=1e-4, weight_decay=0.05, betas=(1, 2), warmup_epochs=10, epochs=150, schedule=""): ...
 
 
+@pytest.fixture(scope="module")
+def everything(): fill_registries()
+
+
 @pytest.fixture
-def toys(monkeypatch):
-    "Toy builders in place of the package's, so that nothing is imported and nothing is left behind."
+def toys(everything, monkeypatch):
+    "Toy builders in place of the package's; what is taken away is put back."
     monkeypatch.setitem(DATASETS.entries, "toy_archive", toy_archive)
     monkeypatch.setitem(DATASETS.meta, "toy_archive", {})
     monkeypatch.setitem(METHODS.entries, "toy_method", ToyMethod)
@@ -143,10 +147,6 @@ def test_the_table_quotes_the_code(toys):
 
 VARIANTS = dict(csmae_cecd=(0, 12, "common"), csmae_cesd=(0, 12, "specific"),
                 csmae_secd=(10, 2, "common"), csmae_sesd=(10, 2, "specific"))
-
-
-@pytest.fixture(scope="module")
-def everything(): fill_registries()
 
 
 @pytest.mark.parametrize("name", list_configs())
