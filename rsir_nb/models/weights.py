@@ -8,7 +8,7 @@ __all__ = ['read_checkpoint', 'infer_config', 'PublishedWeights', 'load_publishe
 # %% ../../nbs/26_models.weights.ipynb #bd65b7ca
 import re, zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -127,7 +127,7 @@ def _decoder_config(state, num_heads):
 @dataclass(frozen=True)
 class PublishedWeights:
     "A published checkpoint: tensors under our names, sizes, and what there is to know about it."
-    state_dict: dict # name -> float32 tensor, under 'backbone.', 'decoder.', 'heads.' and 'classifier.'
+    state_dict: dict = field(repr=False) # name -> float32 tensor, under 'backbone.', 'decoder.', 'heads.', ...
     config: dict # 'backbone' and 'decoder': arguments of their classes; 'n_bits' and 'n_classes', or None
     report: tuple # sentences: what was found, what was left out, and what was assumed
     layout: str # the system it is of, a key of `LAYOUTS`
