@@ -275,7 +275,7 @@ def config(out, name, *changes):
     if str(HERE) not in sys.path: sys.path.insert(0, str(HERE))
     small = [f"method.{k}={v}" for k, v in TINY.items() if k != "img_size"]
     return load_config(name, ["plugins=[tiny_plugin]", "data=tiny_pairs", *small, "optim.epochs=2", "optim.warmup_epochs=1",
-        "trainer.batch_size=4", "trainer.num_workers=0", "trainer.precision='32'", "trainer.pictures=0", "hash.n_bits=16",
+        "trainer.batch_size=4", "trainer.num_workers=0", "trainer.pictures=0", "hash.n_bits=16",
         "hash.epochs=2", "evaluate.drawings=20", f"out={out}", *changes])
 
 
@@ -304,6 +304,8 @@ def test_a_supervised_run_goes_on_after_a_kill(tmp_path):
     assert run_python(code, RSIR_TEST_KILL_AT=16 + 8) == -signal.SIGKILL
     pretrain(config(tmp_path/"run", "cmmae", *LABELS), progress=False)
     assert load_method(tmp_path/"run").weights_hash == load_method(whole).weights_hash
+    train_hash(whole, progress=False)
+    assert {"cmmae", "untrained"} <= set(evaluate(whole, progress=False).table.system)
 
 
 def test_one_sensor_through_the_engine(tmp_path):
@@ -406,6 +408,8 @@ def bad_files(folder, layout):
     yield "half_a_head.pt", InputError, "incomplete.*backbone.f.0.weight"
     torch.save({**state, "backbone.extra.weight": torch.ones(2)}, folder/"extra.pt")
     yield "extra.pt", InputError, "backbone.extra.weight"
+    torch.save({**state, "backbone.f.4.weight": torch.ones(2, 2)}, folder/"three_layers.pt")
+    yield "three_layers.pt", InputError, "not those of a .*CMMAE.*backbone.f.4.weight"
     torch.save({**state, "backbone.norm.bias": torch.ones(33)}, folder/"shape.pt")
     yield "shape.pt", InputError, r"do not fit.*norm.bias: \(33,\)"
     torch.save(dict(state_dict=state, hyper_parameters=Command(f"touch {folder}/pwned")), folder/"code.pt")

@@ -51,7 +51,7 @@ def _sensor_names(modality, tail, head):
     "What each sensor has for itself before its own blocks, and its hash head."
     yield f'backbone.cls_tokens.{modality}', f'backbone.cls_token{tail}'
     yield f'backbone.patch_embeds.{modality}.', f'backbone.patch_embed{tail}.'
-    yield f'heads.{modality}.', f'backbone.{head}.'
+    yield from ((f'heads.{modality}.{i}.', f'backbone.{head}.{i}.') for i in (0, 2))
 
 def _decoder_names(part, theirs):
     ours = f'decoder.decoders.{part}'

@@ -127,7 +127,7 @@ def _decoder_config(state, num_heads):
 @dataclass(frozen=True)
 class PublishedWeights:
     "A published checkpoint: tensors under our names, sizes, and what there is to know about it."
-    state_dict: dict = field(repr=False) # name -> float32 tensor, under 'backbone.', 'decoder.', 'heads.', ...
+    state_dict: dict = field(repr=False) # name -> float32 tensor; names as of `from_published_names`
     config: dict # 'backbone' and 'decoder': arguments of their classes; 'n_bits' and 'n_classes', or None
     report: tuple # sentences: what was found, what was left out, and what was assumed
     layout: str # the system it is of, a key of `LAYOUTS`
