@@ -76,7 +76,7 @@ def _per_item(x, n, name, path):
     if x.ndim not in (2, 3) or x.dtype.kind not in 'fiu' or not x.size:
         raise InputError(f"{name!r} in {path} holds no vectors", found=f"{x.dtype} of shape {x.shape}",
                          wanted="numbers, (N,D), (c*N,D) or (N,c,D)")
-    if len(x) % n or (x.ndim == 3 and len(x) != n):
+    if n < 1 or len(x) % n or (x.ndim == 3 and len(x) != n):
         raise InputError(f"{name!r} in {path} does not belong to these items", found=f"{len(x):,} rows",
                          wanted=f"{n:,}, or a multiple", remedy="each vector needs the item that it is of")
     x = x.reshape(n, -1, x.shape[-1])
@@ -169,7 +169,7 @@ def _table_of(file, n, fractions, seed, path):
     table = pd.DataFrame(dict(id=_text(file['ids'] if 'ids' in file else np.arange(n))))
     vocab = None
     if 'split' in file: table['split'] = _text(file['split'])
-    else: table['split'] = split_by_place(table.assign(place=table['id']),
+    else: table['split'] = split_by_place(table.assign(place=range(n)),
                                           fractions or dict(train=0.5, val=0.1, test=0.4), seed)
     if 'labels' in file:
         lists, names = _class_lists(file['labels'], _text(file['classes']) if 'classes' in file else None)

@@ -52,7 +52,8 @@ class SharedHead(nn.Module):
         n_bits:int=128, # length of the codes
     ):
         super().__init__()
-        if n_bits < 1: raise InputError("a code needs bits", found=n_bits, wanted="a multiple of 8")
+        if n_bits < 8 or n_bits % 8:
+            raise InputError("codes of this length cannot be packed", found=n_bits, wanted="a multiple of 8")
         D, layer = embed_dim, nn.Linear
         self.g = nn.Sequential(layer(D, D), nn.GELU(), layer(D, D), nn.GELU(), layer(D, n_bits), nn.Tanh())
         self.arguments = dict(embed_dim=embed_dim, modalities=list(modalities), n_bits=n_bits)

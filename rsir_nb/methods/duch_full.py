@@ -250,6 +250,15 @@ def configure_optimizers(self:Duch) -> tuple: # two optimisers, and the schedule
     return [made['optimizer'], judge], [made['lr_scheduler']]
 
 @patch
+def configure_callbacks(self:Duch) -> list: # none; but a hook that comes before anything is computed
+    "Refuse what two optimisers that take turns cannot have."
+    o = self.trainer
+    if o.gradient_clip_val is None and o.accumulate_grad_batches == 1: return []
+    raise InputError("DUCH trains two networks in turns, without clipping or accumulation",
+                     found=f"clip {o.gradient_clip_val}, accumulate {o.accumulate_grad_batches}",
+                     remedy="leave trainer.clip empty and trainer.accumulate at 1")
+
+@patch
 def on_fit_start(self:Duch):
     "Lightning's hook: embed the training items."
     data = getattr(self.trainer, 'datamodule', None)
