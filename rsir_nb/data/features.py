@@ -177,16 +177,7 @@ def _table_of(file, n, fractions, seed, path):
         if len(names) == 1: log.warning("all of %s is of one class: every answer will count as right", path)
     return table, vocab
 
-# %% ../../nbs/17a_data.features.ipynb #77a7099a
-@patch
-def _repr_markdown_(self:FeatureArchive):
-    lines = [f"**{type(self).__name__}** of {len(self):,} patches", '', '| | |', '|---|---|']
-    lines += [f"| {m} | {o.in_chans} features |" for m, o in self.sensors.items()]
-    counts = self.table['split'].value_counts(sort=False)
-    lines.append(f"| split | {', '.join(f'{k} {n:,}' for k, n in counts.items())} |")
-    if self.vocab is not None: lines.append(f"| classes | {len(self.vocab)} |")
-    return '\n'.join(lines)
-
+# %% ../../nbs/17a_data.features.ipynb #9bb356c1
 @patch
 def show(self:FeatureArchive,
     key:int|str=0, # a patch's number or id

@@ -74,16 +74,19 @@ def discriminator_loss(
     fake:Tensor, # its logits for codes of the other
 ) -> Tensor: # scalar; 2 ln 2 for a judge that cannot tell
     "Log-loss of telling two modalities apart by their codes."
-    return F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()
+    return F.softplus(-_wide(real)).mean() + F.softplus(_wide(fake)).mean()
 
 @LOSSES.register('adversarial', paper='https://arxiv.org/abs/2201.08125')
 def adversarial_loss(
     fake:Tensor, # the discriminator's logits for the codes that should pass for real, (B,) or (B,1)
 ) -> Tensor: # scalar; ln 2 where the discriminator cannot tell
     "How sure the discriminator is that these codes are of the other modality."
-    return F.softplus(-fake.float()).mean()
+    return F.softplus(-_wide(fake)).mean()
 
-# %% ../../nbs/33_losses.duch.ipynb #626bc863
+# %% ../../nbs/33_losses.duch.ipynb #c1fbd0b2
+def _wide(x): return x if x.dtype == torch.float64 else x.float()
+
+# %% ../../nbs/33_losses.duch.ipynb #d64fabc9
 def gradient_penalty(
     discriminator:Callable[[Tensor],Tensor], # codes (B,K) to logits
     real:Tensor, # codes of the one modality, (B,K)
