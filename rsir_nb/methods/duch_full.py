@@ -283,6 +283,10 @@ def train_discriminator(self:Duch,
         total = loss + self.penalty*gradient_penalty(self.discriminator, real, fake, generator)
     optimizer.zero_grad()
     total.backward()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for p in self.discriminator.parameters():
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= torch.distributed.get_world_size()
     optimizer.step()
     return loss.detach()
 
