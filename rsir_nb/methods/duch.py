@@ -208,7 +208,8 @@ def from_published(cls:DuchPairs,
 def _sizes(ours, modalities, num_heads, path):
     "Arguments of `DuchPairs` from the shapes of published tensors."
     if 'heads.g.4.weight' not in ours: raise _incomplete(path, ['heads.g.4.weight'])
-    found = dict(infer_config(ours, modalities, num_heads)['backbone'])
+    encoder = {k: v for k, v in ours.items() if k.startswith('backbone.')}
+    found = dict(infer_config(encoder, modalities, num_heads)['backbone'])
     for key in 'in_chans', 'norm_eps', 'shared_depth': del found[key]
     return dict(found, depth=found.pop('specific_depth'), n_bits=len(ours['heads.g.4.weight']))
 
