@@ -148,7 +148,7 @@ class TensorArchive(Archive):
         for m, x in arrays.items():
             if x.shape[1] != self.sensors[m].in_chans:
                 raise InputError(f"the array {m!r} does not fit its sensor", found=f"{x.shape[1]} channels",
-                                 wanted=f"{self.sensors[m].in_chans}: {', '.join(self.sensors[m].bands)}")
+                                 wanted=f"{self.sensors[m].in_chans}: {self.sensors[m].band_list}")
 
     def read(self, i:int) -> dict[str, Tensor]: return {m: x[i] for m, x in self.arrays.items()}
 
@@ -167,7 +167,7 @@ def has(self:Archive,
 @patch
 def _repr_markdown_(self:Archive):
     lines = [f"**{type(self).__name__}** of {len(self):,} patches", '', '| | |', '|---|---|']
-    lines += [f"| {m} | {', '.join(o.bands)} ({o.unit}) |" for m, o in self.sensors.items()]
+    lines += [f"| {m} | {o.band_list} ({o.unit}) |" for m, o in self.sensors.items()]
     if 'split' in self.table:
         counts = self.table['split'].value_counts(sort=False)
         lines.append(f"| split | {', '.join(f'{k} {n:,}' for k, n in counts.items())} |")
