@@ -47,7 +47,7 @@ def common_sensors(
     return found
 
 # %% ../../nbs/71_engine.encode.ipynb #e466e6c3
-def _in_words(sensor): return f"{', '.join(sensor.bands)} in {sensor.unit}"
+def _in_words(sensor): return f"{sensor.band_list} in {sensor.unit}"
 
 # %% ../../nbs/71_engine.encode.ipynb #efd72eab
 def describe_job(

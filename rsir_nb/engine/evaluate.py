@@ -118,7 +118,9 @@ def evaluate_store(
 ) -> Evaluation: # of codes and embeddings, and of the baselines
     "Score a store in all directions."
     kinds = dict(binary=store.n_bits, float=len(store.embeddings))
-    own = [System(name, store, kind) for kind, there in kinds.items() if there]
+    one_width = len({z.shape[1] for z in store.embeddings.values()}) <= 1
+    own = [System(name, store, kind, across=kind == 'binary' or one_width)
+           for kind, there in kinds.items() if there]
     ks, results = get_protocol(protocol).ks, []
     metrics = metrics and list(dict.fromkeys(['map', *metrics]))
     for system in [*own, *baselines]:
