@@ -465,7 +465,7 @@ def test_an_encoder_that_was_never_trained_is_named(tmp_path):
 def test_another_system_is_one_entry(tmp_path, monkeypatch):
     "A system with a network of its own: names, sizes and modules come from its layout."
     from rsir_nb.models.names import Layout
-    pair = Layout("Linear", dict(s2="s2"), lambda m: [(f"net.{m[0]}.", "backbone.only.")], ("only.weight",), "csmae", "ben_v1",
+    pair = Layout("Linear", "cmmae", dict(s2="s2"), lambda m: [(f"net.{m[0]}.", "backbone.only.")], ("only.weight",), "csmae", "ben_v1",
                   infer=lambda state, m, *_: dict(shape=tuple(state[f"net.{m[0]}.weight"].shape), m=m[0]),
                   parts=lambda c: {f"net.{c['m']}": torch.nn.Linear(*c["shape"][::-1])})
     monkeypatch.setitem(LAYOUTS, "linear", pair)

@@ -19,7 +19,8 @@ from rsir_nb.engine.protocols import Protocol
 from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain, read_history
 from rsir_nb.losses.duch import (adversarial_loss, agreed_code_loss, discriminator_loss, geometric_ramp, gradient_penalty,
                                  similarity_preservation_loss)
-from rsir_nb.methods.duch import DuchPairs, to_duch_names
+from rsir_nb.methods.duch import DuchPairs
+from rsir_nb.models.names import to_published_names
 from rsir_nb.methods.duch_full import Duch
 
 PAIRS = ["method=duch_pairs", "method.patch_size=15", "method.embed_dim=16", "method.num_heads=2", "method.depth=1",
@@ -153,7 +154,8 @@ def test_pairs_refuse_what_cannot_be_learned():
 def test_published_file_is_read_whole_or_not_at_all(tmp_path):
     twin = DuchPairs(["s1", "s2"], img_size=24, patch_size=8, embed_dim=16, num_heads=2, depth=2, n_bits=24,
                      global_pool="avg", norm="ben_v1")
-    state = to_duch_names({k: v for k, v in twin.state_dict().items() if not k.startswith("inputs.")})
+    own = {k: v for k, v in twin.state_dict().items() if not k.startswith("inputs.")}
+    state = {k.removeprefix("backbone."): v for k, v in to_published_names(own, layout="duch_pairs").items()}
     def read(changed):
         torch.save({"state_dict": changed}, tmp_path/"duch.ckpt")
         return DuchPairs.from_published(tmp_path/"duch.ckpt", num_heads=2)
@@ -162,7 +164,7 @@ def test_published_file_is_read_whole_or_not_at_all(tmp_path):
     assert all(torch.equal(v, twin.state_dict()[k]) for k, v in found.state_dict().items() if not k.startswith("inputs."))
     for name in state:
         with pytest.raises(InputError): read({k: v for k, v in state.items() if k != name})
-    with pytest.raises(InputError, match="not those of DUCH"): read({**state, "f.0.weight": torch.zeros(16, 16)})
+    with pytest.raises(InputError, match="not those of a BEN-DUCH"): read({**state, "f.0.weight": torch.zeros(16, 16)})
     with pytest.raises(InputError): read({**state, "norm.bias": torch.zeros(5)})
 
 

@@ -20,7 +20,7 @@ from .. import show
 from ..core import METHODS, InputError, legal_arguments, unknown_name
 from ..losses.contrastive import modality_discrepancy_loss, ntxent_loss, pairwise_mean
 from ..losses.reconstruction import reconstruction_loss
-from .base import HEADS, Method, evaluating
+from .base import HEADS, Method, evaluating, fill_weights
 from .inputs import make_sensors
 from ..models.decoder import CrossSensorDecoder
 from ..models.masking import (MASKINGS, RECONSTRUCTIONS, TokenMask, decoding_plan, make_noise,
@@ -289,7 +289,7 @@ def from_published(cls:CSMAE,
     method = cls(sensors, **{**_config_of(cls, found, tuple(sensors)), **kwargs})
     if found.config['n_bits']: method.heads = HEADS.create('mlp', n_bits=found.config['n_bits'],
         embed_dims=dict.fromkeys(sensors, method.embed_dim))
-    _fill(method, found.state_dict, path)
+    fill_weights(method, found.state_dict, path)
     return method.eval()
 
 # %% ../../nbs/51_methods.csmae.ipynb #36624f1e
@@ -305,14 +305,3 @@ def _config_of(cls, published, modalities):
     told = dict(supervised_weight=1., supervised_classes=list(layout.classes)) if config['n_classes'] else {}
     sizes = {f'decoder_{k}': decoder[k] for k in ('embed_dim', 'depth', 'num_heads')} if decoder else {}
     return seen | encoder | dict(layout.arguments) | told | sizes | dict(decoder=decoder and decoder['kind'])
-
-# %% ../../nbs/51_methods.csmae.ipynb #dee5f30c
-def _fill(method, state, path):
-    "Give the network its weights, all of them; statistics of input and heads are not among them."
-    shapes = lambda d: {k: tuple(v.shape) for k, v in d.items()}
-    mine, given = shapes(method.state_dict()), shapes(state)
-    own = lambda k: k.startswith('inputs.') or k.split('.')[-1] in ('mean', 'std')
-    odd = [k for k in {**mine, **given} if mine.get(k) != given.get(k) and not own(k)]
-    if odd: raise InputError(f"{path} does not fill this network", wanted=f"{odd[0]} {mine.get(odd[0], '')}",
-        found=given.get(odd[0], 'none'), remedy="leave out arguments that change the network")
-    method.load_state_dict(state, strict=False)

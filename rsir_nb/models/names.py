@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..core import InputError, unknown_name
+from ..core import InputError, fill_registries, unknown_name
 from ..sensors import BAND_ORDERS
 
 # %% ../../nbs/25_models.names.ipynb #0b2950d0
@@ -19,6 +19,7 @@ from ..sensors import BAND_ORDERS
 class Layout:
     "How a published system names its tensors, and what its network wants to see."
     title:str # what people call the system
+    method:str # the registered method that reads it
     sensors:Mapping[str, str] # our modality -> its sensor, in the order of the published names
     table:Callable # modalities -> pairs of our name and theirs; a final dot stands for all that begin so
     marks:tuple[str, ...] # published names that tell it from others, without 'backbone.'
@@ -84,14 +85,14 @@ def _one_sensor_table(modalities):
 # %% ../../nbs/25_models.names.ipynb #ce178854
 _ONE = 'cls_token', 'patch_embed.proj.weight', 'pos_embed'
 _TWO = *_ONE, 'cls_token_s2', 'patch_embed_s2.proj.weight'
-_CSMAE = Layout('CSMAE', dict(s1='s1', s2='s2'), _cross_sensor_table, marks=_TWO, order='csmae',
+_CSMAE = Layout('CSMAE', 'csmae', dict(s1='s1', s2='s2'), _cross_sensor_table, marks=_TWO, order='csmae',
                 norm='ben_v1', transpose=True)
 _ZERONE = "a head that the published code makes and never uses"
 LAYOUTS:dict[str, Layout] = dict(
     csmae=_CSMAE,
-    cmmae=replace(_CSMAE, title='BEN-CMMAE', marks=(*_TWO, 'f.0.weight', 'g.0.weight')),
-    cmmae_vessel=Layout('CMMAE-Vessel', dict(s2='s2_rgbn'), _one_sensor_table, marks=_ONE, order='vessel',
-                        norm='vessel', classes=('vessel',),
+    cmmae=replace(_CSMAE, title='BEN-CMMAE', method='cmmae', marks=(*_TWO, 'f.0.weight', 'g.0.weight')),
+    cmmae_vessel=Layout('CMMAE-Vessel', 'cmmae', dict(s2='s2_rgbn'), _one_sensor_table, marks=_ONE,
+                        order='vessel', norm='vessel', classes=('vessel',),
                         ignored={'zerone.0.weight': _ZERONE, 'zerone.0.bias': _ZERONE},
                         arguments=dict(reconstruction_loss='l1', cmr_weight=0, mim_weight=0)))
 
@@ -116,9 +117,9 @@ def recognise(
     names:Iterable[str], # of a file's tensors
 ) -> str: # a key of `LAYOUTS`
     "The system whose names these are, or nearly are."
-    names = list(names)
+    fill_registries() # a method's page may have a layout of its own
+    names, found = list(names), {}
     bare = {k.removeprefix('backbone.') for k in names}
-    found = {}
     for key, layout in LAYOUTS.items():
         strange, missing = _strange(names, layout), [o for o in layout.marks if o not in bare]
         if len(strange) < len(names): found[key] = len(strange) + len(missing), -len(layout.marks)
@@ -144,6 +145,7 @@ def _translate(state, pairs, what):
     return {names[k]: v for k, v in state.items()}
 
 def _layout(key):
+    if key not in LAYOUTS: fill_registries()
     if key not in LAYOUTS: raise unknown_name('published layout', key, LAYOUTS)
     return LAYOUTS[key]
 

@@ -7,10 +7,17 @@ from parity import check, recipe_weights
 
 from rsir_nb.losses.contrastive import modality_discrepancy_loss, ntxent_loss
 from rsir_nb.losses.duch import geometric_ramp, similarity_preservation_loss
-from rsir_nb.methods.duch import DuchPairs, to_duch_names
+from rsir_nb.methods.duch import DuchPairs
+from rsir_nb.models.names import to_published_names
 from rsir_nb.sensors import BAND_ORDERS, SENSORS
 
 PAIR = "s1", "s2"
+
+
+def published_names(state, prefix=""):
+    "The same under published names, bare or as the training module calls them."
+    found = to_published_names(state, PAIR, "duch_pairs")
+    return {prefix + k.removeprefix("backbone."): v for k, v in found.items()}
 
 
 def tensor(case, name): return torch.from_numpy(case.input(name))
@@ -54,7 +61,7 @@ def backbone(case): compare_outputs(case, stored_method(case, case), images_of(c
 @check("da4dte.duch_full_recipe")
 def full_recipe(case):
     method = DuchPairs(PAIR, norm=None)
-    names = to_duch_names({k: k for k in method.state_dict() if not k.startswith("inputs.")})
+    names = published_names({k: k for k in method.state_dict() if not k.startswith("inputs.")})
     filled = recipe_weights({theirs: method.state_dict()[ours] for theirs, ours in names.items()},
                             case.constants["recipe_seed"])
     method.load_state_dict({ours: filled[theirs] for theirs, ours in names.items()}, strict=False)
@@ -84,7 +91,7 @@ def objective(case):
     method.zero_grad()
     method.losses(images, epoch=at)["loss"].backward()
     found = {k: v.grad.norm().item() for k, v in method.named_parameters() if v.grad is not None}
-    published = {f"backbone.{k}": v for k, v in to_duch_names(found).items()}   # as the training module calls them
+    published = published_names(found, "backbone.")
     case.compare(norms, published, like="gradient_norms")
 
 
