@@ -1,5 +1,6 @@
 """The processed pages that Quarto would read, the README and the packaging: what a visitor meets first."""
 import re
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,12 @@ def processed(tmp_path_factory):
     for part in "nbs", "rsir_nb", "settings.ini", "setup.py", "_quarto.yml", "README.md":
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, folder / part, **({"symlinks": True} if (ROOT / part).is_dir() else {}))
-    subprocess.run([Path(sys.executable).parent / "nbdev_proc_nbs"], cwd=folder, check=True, timeout=600)
+    # where quarto is missing nbdev would fetch it, and install this copy over the checkout: a stand-in keeps it from that
+    stand_in = tmp_path_factory.mktemp("bin") / "quarto"
+    stand_in.write_text("#!/bin/sh\nexit 1\n")
+    stand_in.chmod(0o755)
+    env = {**os.environ, "PATH": os.pathsep.join([str(stand_in.parent), os.environ["PATH"]])}
+    subprocess.run([Path(sys.executable).parent / "nbdev_proc_nbs"], cwd=folder, check=True, timeout=600, env=env)
     return folder / "_proc"
 
 
