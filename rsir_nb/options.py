@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ConfigName', 'RunFolder', 'Overrides', 'DryRun', 'Overwrite', 'SourceSensor', 'TargetSensor', 'RowFilter',
-           'LabelFilter', 'FileBands', 'FileFit', 'ProtocolName', 'run_config', 'changes_of', 'is_run', 'file_options']
+           'LabelFilter', 'FileBands', 'FileFit', 'ProtocolName', 'shown', 'run_config', 'changes_of', 'is_run',
+           'file_options']
 
 # %% ../nbs/90b_options.ipynb #8e8b5c7a
 from pathlib import Path
@@ -29,6 +30,15 @@ LabelFilter  = Annotated[str, typer.Option(help="Only patches with this label.")
 FileBands    = Annotated[str, typer.Option(help="Names of the query file's bands: B04,B03,B02,B08.")]
 FileFit      = Annotated[str, typer.Option(help="A query file of another size: centre or resample.")]
 ProtocolName = Annotated[str, typer.Option(help="csmae, da4dte, leave_one_out, train_test, ...")]
+
+# %% ../nbs/90b_options.ipynb #77be556a
+def shown(
+    cfg:DictConfig, # a config, or a part of it
+    dry_run:bool, # whether that is all
+) -> bool: # `dry_run`: the verb ends here
+    "Print `cfg` if nothing else is wanted."
+    if dry_run: print(OmegaConf.to_yaml(cfg).rstrip())
+    return dry_run
 
 # %% ../nbs/90b_options.ipynb #f1a23826
 def run_config(
