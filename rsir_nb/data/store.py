@@ -9,7 +9,7 @@ __all__ = ['StoreWriter', 'StoreReport', 'write_store', 'PatchStore']
 import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Mapping
+from typing import Any, Literal, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -226,6 +226,7 @@ class PatchStore(Archive):
     "A patch store written by `write_store`."
     def __init__(self,
         path:str|Path, # the store's folder
+        sensors:Sequence[str]|None=None, # modalities to read; all that it holds by default
     ):
         self.path, self.reader = Path(path), LmdbReader(path, lock=True)
         if len(self.reader) == 0: raise MissingFileError(f"{path} holds nothing yet", remedy="write it again")
@@ -236,7 +237,11 @@ class PatchStore(Archive):
         for key in {'labels', 'modalities'} & set(table):
             table[key] = [None if o is None else list(o) for o in table[key]]
         vocab = Vocab(self.header.vocab) if self.header.vocab else None
-        super().__init__(table, self.header.sensors, vocab)
+        held = self.header.sensors
+        for m in sensors or ():
+            if m not in held: raise unknown_name('modality of this store', m, held)
+        held = {m: o for m, o in held.items() if sensors is None or m in sensors}
+        super().__init__(table, held, vocab)
         self.reading = self.header.reading
 
     @property
@@ -254,7 +259,8 @@ class PatchStore(Archive):
             raise CorruptError(f"{self.path} is damaged", found=f"no record of {self.ids[i]!r}") from e
 
     def read(self, i:int) -> dict[str, Tensor]:
-        return self._use(i, lambda m, x: torch.from_numpy(self.layout.packings[m].unpack(x)))
+        found = self._use(i, lambda m, x: torch.from_numpy(self.layout.packings[m].unpack(x)))
+        return {m: x for m, x in found.items() if m in self.sensors}
 
     def raw(self, key:int|str) -> dict[str, np.ndarray]:
         "The stored arrays of a patch, modality -> (C,H,W); `header.packings` says what they mean."
