@@ -35,7 +35,7 @@ def band_statistics(
 # %% ../../nbs/52_methods.baselines.ipynb #03f0aad2
 CLIP = 5.
 
-@METHODS.register('band_statistics', paper='none', training='fit(archive)')
+@METHODS.register('band_statistics', paper='none', training='fit(archive)', sensors='any')
 class BandStatistics(Method):
     "Statistics of each band, standardised over a training split: the hand-made baseline within a sensor."
     needs_training, least_batch = False, 1
@@ -125,7 +125,7 @@ def _whitener(cov, ridge):
     return vectors[:, kept] / values[kept].sqrt()
 
 # %% ../../nbs/52_methods.baselines.ipynb #624a13bf
-@METHODS.register('band_cca', paper='Hotelling 1936', training='fit(archive)')
+@METHODS.register('band_cca', paper='Hotelling 1936', training='fit(archive)', sensors='two')
 class BandCCA(BandStatistics):
     "Canonical correlation of the band statistics of two sensors: the hand-made baseline across sensors."
     def __init__(self,

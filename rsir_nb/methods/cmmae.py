@@ -34,7 +34,8 @@ def _classes(wanted, vocab):
 
 # %% ../../nbs/53_methods.cmmae.ipynb #73fd41aa
 @METHODS.register('cmmae', paper='https://arxiv.org/abs/2401.07782', licence='MIT',
-                  code='https://github.com/rsim-tu-berlin/DA4DTE')
+                  code='https://github.com/rsim-tu-berlin/DA4DTE', sensors='one or more',
+                  losses='those of csmae, binary cross-entropy with labels')
 class CMMAE(CSMAE):
     "Masked autoencoder of one sensor or more, with a supervised term where there are labels."
     def __init__(self,

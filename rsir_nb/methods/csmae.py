@@ -52,7 +52,8 @@ class EmbedNorm(nn.BatchNorm1d):
         return F.batch_norm(z, self.running_mean, self.running_var, training=batch, momentum=self.momentum)
 
 # %% ../../nbs/51_methods.csmae.ipynb #23061f76
-@METHODS.register('csmae', paper='https://arxiv.org/abs/2401.07782')
+@METHODS.register('csmae', paper='https://arxiv.org/abs/2401.07782', sensors='two or more, each alone',
+                  losses='reconstruction, ntxent, modality_discrepancy')
 class CSMAE(Method):
     "Cross-sensor masked autoencoder."
     def __init__(self,

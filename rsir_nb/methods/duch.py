@@ -73,7 +73,8 @@ class SharedHead(nn.Module):
 # %% ../../nbs/54_methods.duch.ipynb #8a093f5d
 SIMILARITY_SIGNS = dict(paper=-1, code=1)
 
-@METHODS.register('duch_pairs', paper='https://arxiv.org/abs/2202.11429')
+@METHODS.register('duch_pairs', paper='https://arxiv.org/abs/2202.11429', sensors='two or more',
+                  losses='ntxent of codes, modality_discrepancy, similarity_preservation')
 class DuchPairs(Method):
     "DUCH for image pairs: an encoder for each sensor and a hash head for all, trained together."
     def __init__(self,

@@ -56,7 +56,8 @@ def make_discriminator(
     return nn.Sequential(nn.Linear(n_bits, wide), nn.LayerNorm(wide), nn.ReLU(), nn.Linear(wide, 1))
 
 # %% ../../nbs/54a_methods.duch_full.ipynb #5ec90f70
-@METHODS.register('duch', paper='https://arxiv.org/abs/2201.08125')
+@METHODS.register('duch', paper='https://arxiv.org/abs/2201.08125', sensors='two modalities, or features',
+                  losses='ntxent of codes and views, agreed codes, bit_balance, adversarial')
 class Duch(Method):
     "Deep unsupervised contrastive hashing of two modalities on frozen features."
     def __init__(self,
