@@ -116,6 +116,12 @@ def test_cmmae_is_the_packaged_config(tmp_path):
     assert to_dict(cfg.method) == to_dict(load_config("cmmae", ["data=synthetic"]).method)
     assert to_dict(cfg.optim) == to_dict(load_config("cmmae", ["data=synthetic"]).optim)
     assert cfg.trainer.batch_size == 128 and cfg.trainer.precision == "16-mixed" and cfg.seed == 42
+    made = import_config(tmp_path/"cfg.yaml")
+    assert made.groups["data"] == {"name": "ben_v1_lmdb"}
+    (tmp_path/"paths.yaml").write_text(yaml.safe_dump(published(data__root_dir="/archives", data__split_dir="/splits")))
+    write_imported(tmp_path/"paths.yaml", tmp_path/"paths_ours.yaml")
+    data = load_config(tmp_path/"paths_ours.yaml").data
+    assert data.path == "/archives/BigEarthNetEncoded.lmdb" and data.split_dir == "/splits"
     assert any("classifier_lr" in o for o in notes) and any("placeholder" in o for o in notes)
 
 

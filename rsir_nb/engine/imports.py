@@ -176,7 +176,7 @@ def _choose_data(made, flat):
     if home and not _is_blank(home):
         data |= dict(root=home) if vessel else dict(path=str(Path(home)/'BigEarthNetEncoded.lmdb'))
     else: made.note("left out: data.root_dir, a placeholder; set RSIR_DATA, or data.root= or data.path=")
-    if splits and not _is_blank(splits) and not vessel: data['splits'] = splits
+    if splits and not _is_blank(splits) and not vessel: data['split_dir'] = splits
     made.groups['data'] = data
     crops = [o for o in flat.get('augmentations') or [] if isinstance(o, Mapping) and o.get('rrc')]
     if any(o['rrc'].get('enabled') for o in crops): made.note("not taken over: random resized crops")
