@@ -53,7 +53,7 @@ def stratified_split(
     table:pd.DataFrame, # of an archive
     by:str='n_vessels', # column that makes the strata, as in `strata_of`
     edges:Sequence[float]|None=(1, 15), # where its numbers are cut
-    fractions:Mapping[str, float]|None=None, # split -> its part; the published 0.67 query, 0.33 archive by default
+    fractions:Mapping[str, float]|None=None, # split -> its part; 0.67 query and 0.33 archive by default
     seed:int=0, # chooses the patches
 ) -> np.ndarray: # split names, (N,)
     "A split for every row, in which every stratum is shared out alike."
@@ -72,7 +72,7 @@ def group_split(
     table:pd.DataFrame, # of an archive
     group:str='scene', # column whose values stay together
     fractions:Mapping[str, float]|None=None, # split -> its part; 0.67 query, 0.33 archive by default
-    by:str|None='labels', # column to keep in proportion, as in `strata_of`; None for the number of patches alone
+    by:str|None='labels', # column to keep in proportion, as in `strata_of`; None for none
     edges:Sequence[float]|None=(1, 15), # where its numbers are cut
     seed:int=0, # decides between equally good divisions
     tries:int=30, # random divisions to start from
@@ -84,7 +84,8 @@ def group_split(
     if len(names) < len(shares): raise InputError("there are too few groups for the splits",
         found=f"{len(names)} in {group!r}", wanted=f"at least {len(shares)}",
         remedy="ask for fewer splits, or group by a smaller unit")
-    columns = [np.ones(len(table))] + ([] if by is None else _indicators(table, by, edges, which, len(shares)))
+    columns = [np.ones(len(table))]
+    if by is not None: columns += _indicators(table, by, edges, which, len(shares))
     counts = np.stack([np.bincount(which, o, len(names)) for o in columns], 1)
     best = min((_climb(counts, np.array(list(shares.values())), make_rng(seed, 'group_split', i))
                 for i in range(tries)), key=lambda o: o[0])[1]
@@ -95,7 +96,8 @@ log = logging.getLogger(__name__)
 
 def _indicators(table, by, edges, which, n_splits):
     "A column of zeros and ones for each class, or stratum."
-    lists = table[by].map(lambda o: isinstance(o, (list, tuple, np.ndarray))) if by in table else pd.Series([False])
+    is_list = lambda o: isinstance(o, (list, tuple, np.ndarray))
+    lists = table[by].map(is_list) if by in table else pd.Series(False)
     if lists.any():
         found = {name: np.array([a and name in o for a, o in zip(lists, table[by], strict=True)], float)
                  for name in sorted({x for o in table[by][lists] for x in o})}
@@ -103,12 +105,12 @@ def _indicators(table, by, edges, which, n_splits):
         strata = strata_of(table, by, edges)
         found = {name: (strata == name).astype(float) for name in sorted(set(strata.tolist()), key=str)}
     rare = [str(k) for k, o in found.items() if len(np.unique(which[o > 0])) < n_splits]
-    if rare: log.warning("%d of %d classes are in fewer groups than there are splits, and missing in some: %s",
+    if rare: log.warning("%d of %d classes are in fewer groups than there are splits: %s",
                          len(rare), len(found), ', '.join(rare[:3]) + (', ...' if len(rare) > 3 else ''))
     return list(found.values())
 
 def _cost(counts, shares, at):
-    "How far the splits are from their part of each column, each column weighted alike; an empty split is worst."
+    "How far the splits are from their part of each column; one without any group is worst."
     got = np.stack([counts[at == i].sum(0) for i in range(len(shares))])
     total = np.maximum(counts.sum(0), 1)
     return ((got/total - shares[:, None])**2).mean() + (got[:, 0] == 0).sum()
@@ -140,7 +142,7 @@ def split_report(
 ) -> pd.DataFrame: # one row a split: patches, groups, share with a sibling elsewhere, patches of each class
     "How a split turned out."
     split = pd.Series(list(split), table.index, dtype=object)
-    if len(table) == 0 or split.isna().all(): raise InputError("no patch is in a split", found=f"{len(table)} rows")
+    if split.isna().all(): raise InputError("no patch is in a split", found=f"{len(table)} rows")
     used = table[split.notna()].assign(_split=split, _group=strata_of(table[split.notna()], group, None))
     homes = used.groupby('_group')['_split'].nunique()
     used['shared'] = used['_group'].map(homes) > 1
@@ -161,13 +163,13 @@ def balanced_subset(
     strata = strata_of(table, by, edges)
     classes = sorted(set(strata.tolist()), key=str)
     sizes = {o: int((strata == o).sum()) for o in classes}
-    if len(classes) < 2: raise InputError("there is nothing to balance", found=f"{len(table)} patches of one class",
-                                          wanted="two classes or more")
+    if len(classes) < 2: raise InputError("there is nothing to balance", wanted="two classes or more",
+                                          found=f"{len(table)} patches of {len(classes)}")
     n = min(sizes.values()) if n is None else n
     if not 1 <= n <= min(sizes.values()):
-        raise InputError("not every class has so many patches", found=sizes, wanted=f"{n} of each, at least 1")
-    drawn = [make_rng(seed, 'balanced_subset', str(o)).permutation(np.flatnonzero(strata == o))[:n] for o in classes]
-    return np.sort(np.concatenate(drawn))
+        raise InputError("not every class has so many patches", found=sizes, wanted=f"{n} of each")
+    draw = lambda o: make_rng(seed, 'balanced_subset', str(o)).permutation(np.flatnonzero(strata == o))[:n]
+    return np.sort(np.concatenate([draw(o) for o in classes]))
 
 # %% ../../nbs/15a_data.splits.ipynb #spl00039
 def write_split_lists(
@@ -178,8 +180,8 @@ def write_split_lists(
     "Write the names of each split as a JSON list."
     ids, split = list(map(str, ids)), list(split)
     if len(ids) != len(split): raise InputError("ids and splits do not belong together",
-                                                found=f"{len(ids)} and {len(split)}", wanted="one split an id")
-    if len(set(ids)) < len(ids): raise InputError("an id comes twice", found=f"{len(ids) - len(set(ids))} again")
+                                                found=f"{len(ids)} and {len(split)}")
+    if len(set(ids)) < len(ids): raise InputError("an id comes twice", found=f"{len(set(ids))} of {len(ids)}")
     lists = {}
     for o, name in zip(ids, split, strict=True):
         if isinstance(name, str): lists.setdefault(name, []).append(o)

@@ -81,7 +81,7 @@ def write_vessels(
             part = np.s_[row*img_size:(row + 1)*img_size, col*img_size:(col + 1)*img_size]
             empty = (s, row, col) == (n_scenes - 1, grid[0] - 1, grid[1] - 1)
             _write_patch(Path(folder)/'tif'/f'{name}.tif', x[:, *part]*(not empty), bands, col, row, s)
-            said[name] = _say(boxes if not empty else boxes[:0], land[part], col*img_size, row*img_size, img_size)
+            said[name] = _say(boxes[:0] if empty else boxes, land[part], (col*img_size, row*img_size))
             if empty: write_json(Path(folder)/ZEROS, dict(zero_patches=[name]))
     write_json(Path(folder)/ANNOTATIONS, said)
     return Path(folder)
@@ -96,9 +96,9 @@ def _write_patch(path, x, bands, col, row, scene):
         ds.descriptions = bands
         ds.write(x.astype(np.uint16))
 
-def _say(boxes, land, left, top, size):
+def _say(boxes, land, corner):
     "What the annotations hold of a patch: the boxes whose centre it has, and what kind of scene it is."
-    local = boxes - [left, top]*2
+    local, size = boxes - np.tile(corner, 2), len(land)
     centre = (local[:, :2] + local[:, 2:])/2
     mine = local[((centre >= 0) & (centre < size)).all(1)].round(2)
     rings = [[[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]] for x0, y0, x1, y1 in mine.tolist()]
@@ -114,10 +114,10 @@ def read_annotations(
     "The annotations of a vessel archive; raises `MissingFileError`, `CorruptError` or `InputError`."
     if not Path(path).is_file(): raise MissingFileError(f"{path} is not there",
         wanted="a mapping from patch names to lists of boxes",
-        remedy="without it nobody knows which patch holds a vessel; class_folders and scenes read images alone")
+        remedy="without it nobody knows which patch holds a vessel; data=scenes reads images alone")
     said = read_json(path)
     if not isinstance(said, dict) or not said:
-        raise InputError(f"{path} holds no annotations", found=f"a {type(said).__name__} of {len(said or ())}",
+        raise InputError(f"{path} holds no annotations", found=f"a {type(said).__name__}",
                          wanted="a mapping from patch names to {'annotations': [...]}")
     return said
 
@@ -133,7 +133,7 @@ def vessel_boxes(
         found = [o.shape for o in rings]
     except (KeyError, TypeError, IndexError, ValueError) as e: found = f"{type(e).__name__}: {e}"
     raise InputError(f"the boxes of {name} cannot be read", found=found,
-                     wanted="a list 'annotations' of polygons, each with geometry.coordinates [[[x, y], ...]]")
+                     wanted="'annotations', a list of polygons with geometry.coordinates [[[x, y], ...]]")
 
 # %% ../../nbs/15_data.vessels.ipynb #ves00016
 def read_name_list(
@@ -173,12 +173,45 @@ def place_in_name(
     return tile[0] if tile else words[1] if words else None
 
 # %% ../../nbs/15_data.vessels.ipynb #ves00023
+class _Files:
+    "How the images are looked at and read."
+    def __init__(self, sensor, bands, scaling, img_size):
+        self.sensor, self.bands, self.scaling, self.img_size = sensor, bands, scaling, img_size
+
+    def channels(self, info):
+        return choose_bands(info, self.sensor, self.bands or (None if any(info.bands) else 'vessel'))
+
+    def look(self, path, check=False):
+        "What the header says; with `check` the pixels are read too."
+        info = raster_info(path, alone=True)
+        self.channels(info)
+        scaling_of(info, *self.scaling)
+        if check: self.read(path)
+        return info
+
+    def read(self, path):
+        info = raster_info(path, alone=True)
+        raw = read_raster(path, self.channels(info), alone=True)
+        x = fill_nodata(to_unit(raw, *scaling_of(info, *self.scaling)), nodata_mask(raw, info.nodata))
+        if self.img_size is not None: x = to_grid(x, self.img_size).numpy()
+        check_patch(x, self.sensor, str(path))
+        return torch.from_numpy(np.ascontiguousarray(x))
+
+def _must_be_known(name, paths, entries, named):
+    "Raise if a patch has no image, no entry, or one that cannot be read."
+    if name not in paths: raise MissingFileError(f"there is no image of {name}",
+                                                 found=f"it in the {named[name]}", wanted=f"tif/{name}.tif")
+    if name not in entries: raise InputError(f"{name} has no annotations", found=f"tif/{name}.tif",
+        wanted=f"an entry in {ANNOTATIONS}, an empty one if it has no vessel")
+    vessel_boxes(name, entries[name])
+
+# %% ../../nbs/15_data.vessels.ipynb #ves00024
 @DATASETS.register('vessels', paper='https://github.com/rsim-tu-berlin/DA4DTE')
 class VesselArchive(Archive):
     "Patches with and without vessels, in the layout of the VDD."
     def __init__(self,
         root:str|Path, # folder with tif/, the annotations and, if some are empty, zero_patches.json
-        labels:str='vessel', # 'vessel' (by the number of boxes), or the key of the annotations that holds a class
+        labels:str='vessel', # 'vessel' (by the number of boxes), or a key of the annotations
         splits:Mapping[str, str|Path]|None=None, # split -> JSON list of names; paths from `root`
         modality:str='s2', # key of the arrays in a sample
         sensor:str|Sensor='s2_rgbn', # bands wanted
@@ -189,8 +222,8 @@ class VesselArchive(Archive):
         check:bool=False, # read every image once in the beginning
         on_error:Literal['raise', 'skip']='skip', # 'skip' leaves bad patches out, listed in `skipped`
     ):
-        self.modality, self.sensor, self.bands = modality, get_sensor(sensor), bands
-        self.scaling, self.img_size, root, skips = (scale, offset), img_size, Path(root), SkipList(on_error)
+        root, skips, self.modality = Path(root), SkipList(on_error), modality
+        self.files = _Files(get_sensor(sensor), bands, (scale, offset), img_size)
         self.entries = read_annotations(root/ANNOTATIONS)
         zeros = set(read_name_list(root/ZEROS)) if (root/ZEROS).is_file() else set()
         lists = read_split_lists({k: root/o for k, o in (splits or {}).items()})
@@ -199,43 +232,22 @@ class VesselArchive(Archive):
                  **{o: f'split {k}' for k, names in lists.items() for o in names}}
         infos = {}
         for name in tqdm(sorted({*paths, *named} - zeros), desc='patches', disable=len(paths) < 10_000):
-            with skips.guard(name): infos[name] = self._look(name, paths, named, check)
+            with skips.guard(name):
+                _must_be_known(name, paths, self.entries, named)
+                infos[name] = self.files.look(paths[name], check)
         for o in sorted(zeros): skips.rows.append(dict(source=o, reason=f"{o} is empty, says {ZEROS}."))
         infos = _of_one_size(infos, img_size, skips)
         if not infos: raise InputError(f"{root} has no patch that can be used",
                                        found=skips.rows[0]['reason'] if skips.rows else None)
         self.skipped = skips.table
-        table = _table(infos, self.entries, lists, self.sensor)
+        table = _table(infos, self.entries, lists, self.files.sensor)
         table['labels'], vocab = _classes(table, labels)
-        super().__init__(table, {modality: self.sensor}, vocab)
-
-    def _look(self, name, paths, named, check):
-        "The file's header and the number of boxes."
-        if name not in paths: raise MissingFileError(f"there is no image of {name}", found=f"it in the {named[name]}",
-                                                     wanted=f"tif/{name}.tif")
-        if name not in self.entries: raise InputError(f"{name} has no annotations", found=f"tif/{name}.tif",
-                                                      wanted=f"an entry in {ANNOTATIONS}, an empty one if no vessel")
-        info, _ = raster_info(paths[name], alone=True), vessel_boxes(name, self.entries[name])
-        choose_bands(info, self.sensor, self._names(info))
-        scaling_of(info, *self.scaling)
-        if check: self._pixels(info.path)
-        return info
-
-    def _names(self, info): return self.bands or (None if any(info.bands) else 'vessel')
-
-    def _pixels(self, path):
-        info = raster_info(path, alone=True)
-        raw = read_raster(path, choose_bands(info, self.sensor, self._names(info)), alone=True)
-        x = to_unit(raw, *scaling_of(info, *self.scaling))
-        x = fill_nodata(x, nodata_mask(raw, info.nodata))
-        if self.img_size is not None: x = to_grid(x, self.img_size).numpy()
-        check_patch(x, self.sensor, str(path))
-        return torch.from_numpy(np.ascontiguousarray(x))
+        super().__init__(table, {modality: self.files.sensor}, vocab)
 
     def read(self, i:int) -> dict[str, Tensor]:
-        return {self.modality: self._pixels(self.table['source'].array[i])}
+        return {self.modality: self.files.read(self.table['source'].array[i])}
 
-# %% ../../nbs/15_data.vessels.ipynb #ves00024
+# %% ../../nbs/15_data.vessels.ipynb #ves00025
 log = logging.getLogger(__name__)
 
 def _of_one_size(infos, img_size, skips):
@@ -245,8 +257,9 @@ def _of_one_size(infos, img_size, skips):
     common, good = pd.Series(list(sizes.values())).mode()[0], {}
     for k, size in sizes.items():
         with skips.guard(k):
-            if size != common: raise InputError(f"{k} has another size than most", "{}x{} pixels".format(*size),
-                                                "{}x{}".format(*common), "pass img_size= to resample all")
+            if size != common: raise InputError(f"{k} has another size than most",
+                                                "{}x{} pixels".format(*size), "{}x{}".format(*common),
+                                                "pass img_size= to resample all")
             good[k] = infos[k]
     return good
 
@@ -257,8 +270,9 @@ def _table(infos, entries, lists, sensor):
              for o, e in zip(names, says, strict=True)]
     places = [e.get('port') or place_in_name(o) for o, e in zip(names, says, strict=True)]
     scenes = [p and (p if d is pd.NaT else f'{p} {d:%Y-%m-%d}') for p, d in zip(places, dates, strict=True)]
-    table = pd.DataFrame(dict(id=names, n_vessels=[len(o['annotations']) for o in says], place=places, scene=scenes,
-                              date=dates, sensor=sensor.name, source=[o.path for o in infos.values()],
+    table = pd.DataFrame(dict(id=names, n_vessels=[len(o['annotations']) for o in says], place=places,
+                              scene=scenes, date=dates, sensor=sensor.name,
+                              source=[o.path for o in infos.values()],
                               crs=pd.Series([o.crs for o in infos.values()], dtype=object)))
     if lists: table['split'] = pd.Series(assign_splits(names, lists), dtype=object)
     table['geometry'] = pd.Series([None]*len(table), dtype=object)
@@ -274,7 +288,7 @@ def _classes(table, labels):
         found = [['vessel'] if n else ['no vessel'] for n in table['n_vessels']]
         names = ['no vessel', 'vessel']
     else:
-        words = [k for k in table if table[k].map(lambda o: isinstance(o, str)).any() and k not in ('id', 'source')]
+        words = [k for k in table if k not in ('id', 'source') and any(isinstance(o, str) for o in table[k])]
         if labels not in words: raise unknown_name('class in these annotations', labels, ['vessel', *words])
         found = [[o] if isinstance(o, str) else None for o in table[labels]]
         names = sorted({o for one in found for o in one or ()})
@@ -282,7 +296,7 @@ def _classes(table, labels):
     if len(seen) == 1: log.warning("all %d patches are %r: nothing to tell apart", len(table), *seen)
     return pd.Series(found, table.index, dtype=object), Vocab(names)
 
-# %% ../../nbs/15_data.vessels.ipynb #ves00030
+# %% ../../nbs/15_data.vessels.ipynb #ves00031
 @patch
 def boxes(self:VesselArchive,
     key:int|str, # a patch's number or id
@@ -299,7 +313,7 @@ def show_boxes(self:VesselArchive,
     "Draw the patch `key` with the outlines of its vessels."
     i = self.number(key)
     x, size = self[i][self.modality], raster_info(self.table['source'].array[i], alone=True).width
-    ax = show_patch(x, self.sensor, ax=ax, title=f"vessels: {len(self.boxes(i))}")
+    ax = show_patch(x, self.sensors[self.modality], ax=ax, title=f"vessels: {len(self.boxes(i))}")
     for o in self.boxes(i):
         ax.plot(*(o.T*x.shape[-1]/size - 0.5), color='#ffd800', linewidth=0.8)
     return ax
