@@ -40,7 +40,8 @@ def paired_labels(
 ) -> np.ndarray|None: # float32 zeros and ones, (N,L), row by row as `paired_features`; None without labels
     "The labels of the patches that every sensor has seen; a row of zeros where they are not known."
     if 'labels' not in store.table or not store.provenance.get('classes'): return None
-    seen, vocab = np.all([store.present(m) for m in store.modalities], axis=0), Vocab(store.provenance['classes'])
+    vocab = Vocab(store.provenance['classes'])
+    seen = np.all([store.present(m) for m in store.modalities], axis=0)
     lists = [o if isinstance(o, (list, tuple, np.ndarray)) else () for o in store.table['labels'][seen]]
     return np.stack([vocab.encode(o).numpy() for o in lists])
 

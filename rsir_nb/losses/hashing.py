@@ -87,7 +87,7 @@ def zero_one_loss(
     if not known.any(): return 0*h.sum()
     target = 2*(y[known, -1] > 0.5).to(h) - 1
     bits = (target[:, None] - h[:, known]).abs()
-    return _reduced(bits.sum(2).mean() if reduction == 'sum' else bits, 'mean' if reduction == 'sum' else reduction)
+    return bits.sum(2).mean() if reduction == 'sum' else _reduced(bits, reduction)
 
 # %% ../../nbs/32_losses.hashing.ipynb #8bd65266
 def _check_zeros_and_ones(y):
@@ -118,7 +118,8 @@ def supervised_hash_loss(
     "Cross-entropy between shared labels, graded by likeness, and nearness of codes."
     h, r = stack_codes(codes), label_relevance(torch.as_tensor(labels))
     M, B, _ = h.shape
-    if len(r) != B: raise InputError("codes and labels do not belong together", found=f"{B} and {len(r)} images")
+    if len(r) != B: raise InputError("codes and labels do not belong together",
+                                     found=f"{B} and {len(r)} images")
     if not (temperature > 0 and likeness > 0):
         raise InputError("temperatures have to be positive", found=f"{temperature} and {likeness}")
     labelled = torch.as_tensor(labels).sum(1) > 0

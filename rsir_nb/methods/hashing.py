@@ -118,7 +118,7 @@ class HashTraining:
 # %% ../../nbs/55_methods.hashing.ipynb #0680e85f
 def train_heads(
     features:Mapping[str, Tensor|np.ndarray], # modality -> embeddings, (N,D), row by row the same places
-    labels:Tensor|np.ndarray|None=None, # zeros and ones, (N,L), row by row of the same; for the last two weights
+    labels:Tensor|np.ndarray|None=None, # zeros and ones of the same places, (N,L), for two of the weights
     n_bits:int=128, # length of the codes
     hidden_dim:int|None=512, # width between a head's layers; None for that of the embeddings
     epochs:int=30, # passes over the features
@@ -134,7 +134,7 @@ def train_heads(
     decorrelation:float=5., # weight: no bit repeats another
     zero_one:float=0., # weight: all ones for the second of two classes, all zeros for the first
     supervised:float=0., # weight: codes of a class are near, in the order of their embeddings
-    likeness:float=0.1, # temperature of that order; the smaller, the more it counts beside the class
+    likeness:float=0.1, # of that order: the smaller, the more it counts beside the class
     noise:float|None=None, # standard deviation of noise on standardised features; 0, or 0.3 with one sensor
     published_sums:bool=False, # quantisation, balance and zero-one as sums, to be weighted as published
     seed:int=0, # of first weights, order and noise
@@ -195,7 +195,7 @@ def _check_labels(labels, weights, x):
     if y.ndim != 2 or len(y) != len(first): raise InputError("labels and features do not belong together",
         found=f"labels {tuple(y.shape)}", wanted=f"({len(first)},L)")
     if len(y[y.sum(1) > 0].unique(dim=0)) < 2 and (y.shape[1] > 1 or len(y.unique()) < 2):
-        raise InputError("labels that are all alike teach nothing", found=f"{len(y)} images of one class, or of none",
+        raise InputError("labels that are all alike teach nothing", found=f"{len(y)} images of one class",
                          wanted="two classes", remedy="use the losses without labels")
     return y
 
