@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import load_run_config, register_schema, to_dict
 from ..core import InputError, atomic_path, check_arguments, read_json, write_json
-from ..data.base import Archive, Vocab
+from ..data.base import Archive
 from .encode import encode
 from .runs import folder_lock
 from .train import build_archive, split_of, trainer_config
@@ -36,14 +36,14 @@ def paired_features(
     return {m: np.asarray(store.embeddings[m][seen], np.float32) for m in store.modalities}
 
 def paired_labels(
-    store:CodeStore, # of a training split, of `encode`
+    store:CodeStore, # embeddings of a training split, of `encode`
+    archive:Archive, # the training split, whose labels are meant
 ) -> np.ndarray|None: # float32 zeros and ones, (N,L), row by row as `paired_features`; None without labels
     "The labels of the patches that every sensor has seen; a row of zeros where they are not known."
-    if 'labels' not in store.table or not store.provenance.get('classes'): return None
-    vocab = Vocab(store.provenance['classes'])
+    if archive.labels is None: return None
     seen = np.all([store.present(m) for m in store.modalities], axis=0)
-    lists = [o if isinstance(o, (list, tuple, np.ndarray)) else () for o in store.table['labels'][seen]]
-    return np.stack([vocab.encode(o).numpy() for o in lists])
+    rows = [archive.number(str(o)) for o in store.table['id'][seen]]
+    return archive.labels[rows].astype(np.float32)
 
 # %% ../../nbs/72_engine.hash.ipynb #cd659f50
 log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ def train_hash(
         train = split_of(archive, trainer_config(cfg).train_split)
         options = dict(to_dict(cfg.encode), embeddings=True, progress=progress)
         store = encode(method, train, home/'features', **options)
-        training = train_heads(paired_features(store), paired_labels(store), seed=cfg.seed, progress=progress,
-                               **settings)
+        training = train_heads(paired_features(store), paired_labels(store, train), seed=cfg.seed,
+                               progress=progress, **settings)
         method.heads = training.heads
         method.save(home/'method')
         with atomic_path(home/'metrics.csv') as part: training.history.to_csv(part, index_label='epoch')

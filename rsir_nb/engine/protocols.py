@@ -58,7 +58,7 @@ class Direction:
     queries:np.ndarray # row numbers, (Q,)
     items:np.ndarray # row numbers, (N,), rising
     own:np.ndarray|None # where each query stands among the items, (Q,); None unless it is left out
-    groups:tuple[np.ndarray, np.ndarray]|None = None # of queries (Q,) and items (N,), where the own is excluded
+    groups:tuple[np.ndarray, np.ndarray]|None = None # of queries (Q,) and items (N,), if the own is excluded
 
     @property
     def name(self) -> str:
