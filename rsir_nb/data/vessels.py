@@ -41,8 +41,8 @@ def _ship(rng, height, width):
     dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([y, x])[:, None, None]
     along, across = dx*np.cos(angle) + dy*np.sin(angle), dy*np.cos(angle) - dx*np.sin(angle)
     inside = (along/length)**2 + (across/beam)**2 < 1
-    half = np.hypot([length*np.cos(angle), length*np.sin(angle)], [beam*np.sin(angle), beam*np.cos(angle)])
-    return inside, (x - half[0], y - half[1], x + half[0], y + half[1])
+    w, h = np.hypot([length*np.cos(angle), length*np.sin(angle)], [beam*np.sin(angle), beam*np.cos(angle)])
+    return inside, (x - w, y - h, x + w, y + h)
 
 def _scene(rng, height, width, n_ships):
     "A coast seen from above: (4,H,W) reflectance x 10000, where there is land, and the boxes of its ships."
@@ -79,7 +79,7 @@ def write_vessels(
             name = f'T31T{"ABCDEFGH"[s % 8]}{"JKLMNPQR"[s // 8 % 8]}_201908{s % 28 + 1:02d}T105031_TCI_crop'
             name += f'_x-{col*img_size}_y-{row*img_size}'
             part = np.s_[row*img_size:(row + 1)*img_size, col*img_size:(col + 1)*img_size]
-            empty = (s, row, col) == (n_scenes - 1, grid[0] - 1, grid[1] - 1)
+            empty = (s + 1, row + 1, col + 1) == (n_scenes, *grid)
             _write_patch(Path(folder)/'tif'/f'{name}.tif', x[:, *part]*(not empty), bands, col, row, s)
             said[name] = _say(boxes[:0] if empty else boxes, land[part], (col*img_size, row*img_size))
             if empty: write_json(Path(folder)/ZEROS, dict(zero_patches=[name]))
@@ -146,9 +146,8 @@ def read_name_list(
         raise InputError(f"{path} is no list of patches", found=f"a {type(found).__name__}",
                          wanted="a JSON list of names")
     names = [o.removesuffix('.tif') for o in found]
-    again = pd.Series(names, dtype=object).duplicated()
-    if again.any(): raise InputError(f"{path} names patches twice", found=names[int(again.argmax())],
-                                     wanted="each of them once")
+    again = [o for o in names if names.count(o) > 1] if len(set(names)) < len(names) else []
+    if again: raise InputError(f"{path} names patches twice", found=again[0], wanted="each of them once")
     return names
 
 def read_split_lists(
@@ -160,7 +159,7 @@ def read_split_lists(
         for o in names:
             if home.setdefault(o, split) != split:
                 raise InputError(f"two splits hold the patch {o}", found=f"{home[o]} and {split}",
-                                 wanted="each patch in one", remedy="take it out of one of the lists")
+                                 remedy="take it out of one of the lists")
     return lists
 
 # %% ../../nbs/15_data.vessels.ipynb #ves00019
@@ -269,7 +268,7 @@ def _table(infos, entries, lists, sensor):
     dates = [pd.to_datetime(e.get('date'), errors='coerce') if 'date' in e else date_in_name(o)
              for o, e in zip(names, says, strict=True)]
     places = [e.get('port') or place_in_name(o) for o, e in zip(names, says, strict=True)]
-    scenes = [p and (p if d is pd.NaT else f'{p} {d:%Y-%m-%d}') for p, d in zip(places, dates, strict=True)]
+    scenes = [p if d is pd.NaT or not p else f'{p} {d:%Y-%m-%d}' for p, d in zip(places, dates, strict=True)]
     table = pd.DataFrame(dict(id=names, n_vessels=[len(o['annotations']) for o in says], place=places,
                               scene=scenes, date=dates, sensor=sensor.name,
                               source=[o.path for o in infos.values()],
