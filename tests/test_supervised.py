@@ -9,14 +9,15 @@ from rsir_nb.core import LOSSES, InputError, UnknownNameError
 from rsir_nb.data.base import TensorArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.evaluate import evaluate
-from rsir_nb.data.vessels import VesselArchive, write_vessels
+from rsir_nb.data.splits import group_split, write_split_lists
+from rsir_nb.data.vessels import VesselArchive, read_split_lists, write_vessels
 from rsir_nb.engine.hash import paired_labels, train_hash
 from rsir_nb.engine.protocols import Protocol, System, directions, get_protocol, score_direction, store_labels
 from rsir_nb.engine.train import pretrain
 from rsir_nb.losses.hashing import label_relevance, supervised_hash_loss, zero_one_loss
 from rsir_nb.methods.baselines import BandQuantiles
 from rsir_nb.methods.hashing import hashing_losses, train_heads
-from rsir_nb.retrieval.codes import binarise
+from rsir_nb.retrieval.codes import CodeStore, binarise
 
 g = torch.Generator().manual_seed(0)
 
@@ -188,7 +189,7 @@ SMALL = ["method.embed_dim=16", "method.shared_depth=1", "method.decoder_embed_d
 
 def test_train_hash_hands_labels_over(tmp_path):
     root = write_vessels(tmp_path/"vdd", n_scenes=2, grid=(2, 3), img_size=32, seed=3)
-    cfg = load_config("vessels", [*SMALL, f"data.root={root}", f"out={tmp_path}/run"])
+    cfg = load_config("vessels", ["hash=supervised", *SMALL, f"data.root={root}", f"out={tmp_path}/run"])
     run = pretrain(cfg, progress=False)
     method = train_hash(run, progress=False)
     assert "supervised" in (run/"hash"/"metrics.csv").read_text().split("\n")[0]
@@ -209,6 +210,21 @@ def test_train_hash_hands_labels_over(tmp_path):
     found = evaluate(run, progress=False, drawings=20, metrics=["precision"])
     assert {"band_statistics", "band_quantiles", "untrained", "chance"} <= set(found.table.system)
     assert found.about["protocol"] == "leave_group_out" and found.table.n_items.max() < len(archive)
+
+
+def test_published_lists_split_training_and_questions(tmp_path):
+    root = write_vessels(tmp_path/"vdd", n_scenes=3, grid=(2, 3), img_size=32, seed=3)
+    table = VesselArchive(root).table
+    paths = write_split_lists(table.id, group_split(table, "scene"), root)
+    lists = "{query: query.json, archive: archive.json}"
+    cfg = load_config("vessels_supervised", [*SMALL, f"data.root={root}", f"data.splits={lists}", f"out={tmp_path}/run"])
+    run = pretrain(cfg, progress=False)
+    train_hash(run, progress=False)
+    learned = CodeStore.open(run/"hash"/"features").table.id
+    assert sorted(learned) == sorted(read_split_lists(paths)["archive"])
+    found = evaluate(run, progress=False, drawings=20, baselines=["random"], metrics=["precision"])
+    assert found.table.n_queries.max() == len(read_split_lists(paths)["query"])
+    assert found.table.n_items.max() == len(learned)
 
 
 @pytest.mark.parametrize("name", ["zero_one", "supervised"])
