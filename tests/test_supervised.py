@@ -286,3 +286,21 @@ def test_quantiles_by_numpy():
     assert np.allclose(found, want, rtol=1e-4)
     for bad in [(), (1.5,)]:
         with pytest.raises(InputError, match="from 0 to 1"): BandQuantiles(archive.sensors, quantiles=bad)
+
+
+def test_what_each_loss_does_to_the_ranking_of_real_patches(shared):
+    "Heads on band statistics of real ports: zero-one leaves ties, the supervised loss an order."
+    from rsir_nb.core import METHODS
+    archive = VesselArchive(shared/"data"/"vessels", img_size=64)
+    method = METHODS.create("band_statistics", sensors=archive.sensors, img_size=64).fit(archive)
+    x = torch.cat([method.embed(o["s2"][None], "s2") for o in archive])
+    quick = dict(n_bits=64, min_steps=150, epochs=1, progress=False, contrastive=0, similarity=0)
+    only = dict(quantisation=0, balance=0, decorrelation=0)
+    tied, codes_used = {}, {}
+    for name, kw in dict(zero_one=dict(zero_one=1, **only), supervised=dict(supervised=1)).items():
+        bits = np.asarray(binarise(train_heads({"s2": x}, archive.labels, **quick, **kw).heads({"s2": x})["s2"]))
+        d = (bits[:, None] != bits[None]).sum(-1)[~np.eye(len(bits), dtype=bool)].reshape(len(bits), -1)
+        tied[name] = np.median((d == d.min(1, keepdims=True)).sum(1))
+        codes_used[name] = len(np.unique(bits, axis=0))
+    assert tied["zero_one"] > len(archive)/8 and tied["supervised"] < 5
+    assert codes_used["supervised"] > 3*codes_used["zero_one"]
