@@ -95,6 +95,12 @@ class Sensor:
         "Number of channels."
         return len(self.bands)
 
+    @property
+    def band_list(self) -> str:
+        "The bands in a line; of many, the first and how many more."
+        more = self.in_chans - 14
+        return ', '.join(self.bands[:14]) + (f" and {more:,} more" if more > 0 else '')
+
     def index(self, band:str) -> int:
         "Channel number of `band`."
         if band not in self.bands: raise unknown_name(f"band of {self.name}", band, self.bands)

@@ -18,6 +18,7 @@ SMALL = ["data.n_places=3", "data.patches_per_place=2", "data.img_size=30"]
     ("pretrain demo optim.lr=-1", "lr above 0"),
     ("pretrain demo method.num_heads=0 data.n_places=3 data.patches_per_place=1 data.img_size=30", "num_heads"),
     ("pretrain demo trainer.batch_size=0", "trainer.batch_size"),
+    ("pretrain demo trainer.accelerator=tpu data.n_places=3 data.patches_per_place=1", "this machine cannot train so"),
     ("list metods", "methods"),
     ("data convert synthtic out.store", "synthetic"),
     ("data convert ben_v2_lmdb out.store data.path=nowhere data.metadata=nowhere.parquet", "nowhere"),
@@ -82,3 +83,94 @@ def test_the_installed_command_runs():
     out = subprocess.run([sys.executable, "-c", "import sys; from rsir_nb.cli import main; sys.exit(main(['--help']))"],
                          capture_output=True, text=True, timeout=120)
     assert out.returncode == 0 and "query" in out.stdout
+
+
+@pytest.mark.parametrize("line, said", [
+    ("pretrain demo optim.epochs=-3 --dry-run", "epochs -3"),
+    ("pretrain demo hash.n_bits=0 --dry-run", "multiple of 8"),
+    ("pretrain demo encode.batch_size=0 --dry-run", "batch_size 0"),
+    ("pretrain demo evaluate.protocol=nope --dry-run", "protocol"),
+    ("pretrain demo trainer.precision=8 --dry-run", "trainer.precision"),
+    ("pretrain demo data.split=[1] data.n_places=4", "add up to 1"),
+    ("pretrain demo data.split=[.5,.5,.5] data.n_places=4", "add up to 1"),
+    ("index baseline data=scenes data.paths=off", "put quotes around"),
+    ("index baseline data=scenes data.paths=5", "data.paths"),
+    ("index runs/dmeo", "no run's folder"),
+    ("data table nowhere", "nowhere"),
+])
+def test_what_cannot_be_is_told_before_anything_is_made(line, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err and not list(tmp_path.rglob("config.yaml"))
+
+
+def test_an_error_of_ours_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.setattr("rsir_nb.cli.list_configs", lambda: 1/0)
+    assert main(["list"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError): main(["list", "--debug"])
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    "A run of the method that needs no training, indexed."
+    from engine_run import HERE
+    sys.path.insert(0, str(HERE))
+    run = tmp_path_factory.mktemp("cli") / "run"
+    line = f"index baseline plugins=[tiny_plugin] data=tiny_pairs method=band_cca hash.n_bits=16 hash.min_steps=20 out={run}"
+    assert main(line.split()) == 0
+    return run
+
+
+def test_index_hash_index(tiny_run, capsys):
+    "Heads trained after indexing: the old index is refused, the next one is made of codes."
+    ask = ["query", str(tiny_run), "tiny_003", "-k", "3"]
+    assert main(ask) == 0 and "s1 to s1" in capsys.readouterr().out
+    assert main(["hash", str(tiny_run)]) == 0
+    capsys.readouterr()
+    assert main(ask) == 2
+    err = capsys.readouterr().err
+    assert "other weights" in err and "rsir index" in err
+    assert main(["index", str(tiny_run)]) == 0
+    assert main(ask) == 0
+    assert main(["index", str(tiny_run), "--overwrite"]) == 0
+    assert main(["encode", str(tiny_run), "encode.batch_size=8"]) == 0
+    capsys.readouterr()
+    assert main(["encode", str(tiny_run), "hash.n_bits=8"]) == 2 and "does not concern" in capsys.readouterr().err
+    (tiny_run / "search" / "index" / "s1.index").write_bytes(b"cut")
+    assert main(ask) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main(["index", str(tiny_run), "--overwrite"]) == 0 and main(ask) == 0
+
+
+def test_what_a_query_prints(tiny_run, capsys):
+    main(["index", str(tiny_run)])
+    capsys.readouterr()
+    assert main(["query", str(tiny_run), "tiny_003", "--target", "s2", "--label", "lake"]) == 0
+    out = capsys.readouterr().out
+    assert "s1 to s2" in out and "lake" in out and "b'" not in out and max(map(len, out.splitlines())) < 110
+    assert main(["query", str(tiny_run), "tiny_003", "--where", "place == 'nowhere'"]) == 0
+    assert "nothing found" in capsys.readouterr().out
+    assert main(["query", str(tiny_run), "tiny_003", "--label", "lakes"]) == 2
+    assert "did you mean lake" in capsys.readouterr().err
+    assert main(["data", "table", str(tiny_run), "--label", "lake", "-n", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny_" in out and "in all" in out
+
+
+def test_a_failed_first_try_does_not_block_the_second(tmp_path, capsys, monkeypatch):
+    from rsir_nb.data.synthetic import write_scene
+    monkeypatch.chdir(tmp_path)
+    write_scene("scenes/a.tif", size=240)
+    line = "index baseline data=scenes data.paths={} out=run"
+    assert main(line.format("scnes").split()) == 2
+    assert main(line.format("scenes").split()) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["gallery", "../run", "-n", "1", "-k", "1"]) == 0                     # its data is still found
+    assert main(["query", "../run", "../scenes/a.tif"]) == 2                         # another extent than a patch
+    assert "wanted 120x120 pixels" in capsys.readouterr().err
+    assert main(["query", "../run", "../scenes/a.tif", "--fit", "centre"]) == 0
+    (tmp_path / "run" / "config.yaml").write_text("")
+    for verb in "report", "evaluate": assert main([verb, "../run"]) == 2
+    assert "config.yaml" in capsys.readouterr().err

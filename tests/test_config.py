@@ -46,6 +46,7 @@ def toys(everything, monkeypatch):
     builders = dict(trainer=ToyTrainer, optim=toy_optim, hash=lambda n_bits=128: None)
     for group in set(GROUPS) - {"data", "method"}:
         monkeypatch.setitem(config.SCHEMAS, group, builders.get(group, lambda: None))
+        monkeypatch.setitem(config.CHECKS, group, None)
     return ["data=toy_archive", "data.path=here", "method=toy_method"]
 
 

@@ -233,7 +233,7 @@ BAD = {
     "empty": (lambda p: write_tif(p, optical()*0, RGBN), "found 100x130 pixels, 6 windows, too little data"),
     "no_crs": (lambda p: write_tif(p, optical(), RGBN, crs=None), "has no coordinate system.*pass crs="),
     "fraction": (lambda p: write_tif(p, optical()/np.float32(1e4), RGBN), "reflectance as a fraction"),
-    "no_image": (lambda p: p.write_text("hello"), "cannot be read; found .*not recognized"),
+    "no_image": (lambda p: p.write_text("hello"), "cannot be read as an image; found 5 bytes, not recognized"),
     "zero_bytes": (lambda p: p.write_bytes(b""), "cannot be read"),
     "cut": (lambda p: p.write_bytes(write_tif(p, optical(), RGBN).read_bytes()[:9_000]), "cannot be read"),
     "all_nan": (lambda p: write_tif(p, np.full((4, 100, 130), np.nan, "float32"), RGBN), "too little data"),
@@ -288,14 +288,34 @@ def test_read_patch_file(tmp_path):
     assert np.array_equal(read_patch_file(path, "s2_rgbn", 40, fit="centre"), x[[2, 1, 0, 3], 20:60, 20:60])
     less = x[[2, 1, 0, 3]].astype("float32") - 1000
     assert np.array_equal(read_patch_file(path, "s2_rgbn", offset=-1000), less)
-    with pytest.raises(InputError, match="wanted at least 90x90"):
+    with pytest.raises(InputError, match="wanted 90x90 pixels"):
         read_patch_file(path, "s2_rgbn", 90, fit="centre")
     with pytest.raises(UnknownNameError, match="centre"): read_patch_file(path, "s2_rgbn", 90, fit="center")
     with pytest.raises(InputError, match="found B02, B03, B04, B08; wanted B05"): read_patch_file(path, "s2")
     with pytest.raises(MissingFileError): read_patch_file(tmp_path/"none.tif", "s2")
     wide = write_tif(tmp_path/"wide.tif", optical(), RGBN)
-    with pytest.raises(InputError, match="100x130 pixels; wanted a square image; pass fit='centre'"):
+    with pytest.raises(InputError, match="100x130 pixels; wanted 80x80 .*'centre' takes its middle"):
         read_patch_file(wide, "s2_rgbn", 80)
+
+
+def test_a_file_of_another_scale_is_refused_unless_told_how_to_fit(tmp_path):
+    path = write_tif(tmp_path/"a.tif", optical(height=240, width=240), RGBN)     # pixels of 10 m: 2400 m a side
+    known = {"size": 120, "fit": None, "ground": 1200.}
+    with pytest.raises(InputError, match="found 240x240 pixels; wanted 120x120"):
+        read_patch_file(path, "s2_rgbn", **known)
+    assert np.array_equal(read_patch_file(path, "s2_rgbn", **{**known, "fit": "centre"}),
+                          read_patch_file(path, "s2_rgbn")[:, 60:180, 60:180])
+    finer = read_patch_file(path, "s2_rgbn", size=120, fit=None, ground=2400.)   # the same ground in finer pixels
+    assert np.array_equal(finer, read_patch_file(path, "s2_rgbn", size=120))
+    dot = write_tif(tmp_path/"dot.tif", optical(height=1, width=1), RGBN)
+    with pytest.raises(InputError, match="found 1x1 pixels"): read_patch_file(dot, "s2_rgbn", **known)
+
+
+def test_eight_bits_are_no_reflectance(tmp_path):
+    path = write_tif(tmp_path/"a.tif", (optical(height=80, width=80) // 40).clip(0, 255).astype("uint8"), RGBN)
+    with pytest.raises(InputError, match="8-bit values"): read_patch_file(path, "s2_rgbn")
+    with pytest.raises(InputError, match="8-bit values"): SceneArchive(path, "s2_rgbn", img_size=40)
+    assert read_patch_file(path, "s2_rgbn", scale=40).max() > 255
 
 
 def test_read_patch_file_with_gaps(tmp_path):

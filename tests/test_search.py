@@ -61,14 +61,20 @@ def test_array_file_sample_and_id_find_the_same(tmp_path, retriever, archive):
     assert retriever.query(patch["s1"], target="s2", k=5).ids == by_id.ids
     assert retriever.query(patch["s1"].numpy(), target="s2", k=5).ids == by_id.ids
     assert retriever.query(patch, source="s1", target="s2", k=5).ids == by_id.ids
-    path = tmp_path/"patch.tif"
-    with rasterio.open(path, "w", driver="GTiff", width=30, height=30, count=2, dtype="float32",
-                       transform=rasterio.transform.from_origin(500_000, 5_300_000, 10, 10), crs="EPSG:32632") as f:
-        f.write(patch["s1"].numpy())
-        f.descriptions = ("VH", "VV")
+    path, metres = tmp_path/"patch.tif", retriever.ask.ground / 30
+    def write(pixel):
+        corner = rasterio.transform.from_origin(500_000, 5_300_000, pixel, pixel)
+        with rasterio.open(path, "w", driver="GTiff", width=30, height=30, count=2, dtype="float32",
+                           transform=corner, crs="EPSG:32632") as f:
+            f.write(patch["s1"].numpy())
+            f.descriptions = ("VH", "VV")
+    write(metres)
     by_file = retriever.query(path, target="s2", k=5)
     assert by_file.ids == by_id.ids and by_file.query["id"] == "patch.tif" and by_file.query["sensor"] == "s1"
     assert retriever.query(str(path), target="s2", k=5).ids == by_id.ids
+    write(metres / 2)
+    with pytest.raises(InputError, match="found 30x30 pixels; wanted 60x60"): retriever.query(path, target="s2")
+    assert retriever.query(path, target="s2", k=5, file={"fit": "resample"}).ids == by_id.ids
 
 
 def test_embeddings_are_searched_by_cosine(retriever, archive):
@@ -113,7 +119,8 @@ def test_questions_that_make_no_sense(tmp_path, retriever, archive):
     with pytest.raises(UnknownNameError, match="codes"): retriever.query(archive.ids[0], by="code")
     (tmp_path/"no.tif").write_text("this is text")
     with pytest.raises(CorruptError, match="no.tif cannot be read"): retriever.query(tmp_path/"no.tif")
-    with pytest.raises(UnknownNameError, match="missing.tif"): retriever.query(tmp_path/"missing.tif")
+    with pytest.raises(MissingFileError, match="missing.tif"): retriever.query(tmp_path/"missing.tif")
+    with pytest.raises(UnknownNameError, match="fit"): retriever.query(tmp_path/"no.tif", file={"fitt": "centre"})
 
 
 def test_other_weights_and_other_lengths_are_refused(tmp_path, run, retriever, archive):

@@ -147,7 +147,7 @@ def test_method_is_built_from_the_archive(tmp_path):
     method = build_method(cfg, archive)
     assert method.img_size == 45 and list(method.sensors) == ["s1", "s2"] and method.optim.epochs == 3
     with pytest.raises(InputError, match="archive is empty"): build_method(cfg, archive.subset([]))
-    with pytest.raises(MissingFileError, match="pretrain"): load_method(tmp_path)
+    with pytest.raises(MissingFileError, match="name the folder of a run"): load_method(tmp_path)
     with pytest.raises(InputError, match="bf16-mixed"): TrainerConfig(precision="float8")
 
 

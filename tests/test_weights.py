@@ -204,4 +204,4 @@ def test_files_that_are_no_checkpoint(tmp_path):
         torch.save(value, tmp_path / "odd.pt")
         with pytest.raises(InputError): load_published(tmp_path / "odd.pt")
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="not those of a CSMAE"): load_published(tmp_path / "other.pt")
+    with pytest.raises(InputError, match="not those of a published system"): load_published(tmp_path / "other.pt")

@@ -59,6 +59,7 @@ class Vocab:
 # %% ../../nbs/10_data.base.ipynb #c217dbc1
 class Archive:
     "Patches by number or id; the base of every dataset."
+    reading:Mapping[str, dict] = {} # modality -> how its files are read, so that a query file is read alike
     def __init__(self,
         table:pd.DataFrame, # one row a patch, with a column `id`
         sensors:Mapping[str, Sensor|str], # modality -> its sensor
@@ -100,8 +101,8 @@ class Archive:
 
     def __getitem__(self, key:int|str) -> dict:
         i = self.number(key)
-        out = dict(id=self.ids[i])
-        for m, x in self.read(i).items(): out[m] = torch.as_tensor(x, dtype=torch.float32)
+        arrays = {m: torch.as_tensor(x, dtype=torch.float32) for m, x in self.read(i).items()}
+        out = dict(id=self.ids[i], **arrays)
         names = self.class_names[i]
         if names is not None: out['labels'] = self.vocab.encode(names)
         return out
@@ -147,7 +148,7 @@ class TensorArchive(Archive):
         for m, x in arrays.items():
             if x.shape[1] != self.sensors[m].in_chans:
                 raise InputError(f"the array {m!r} does not fit its sensor", found=f"{x.shape[1]} channels",
-                                 wanted=f"{self.sensors[m].in_chans}: {', '.join(self.sensors[m].bands)}")
+                                 wanted=f"{self.sensors[m].in_chans}: {self.sensors[m].band_list}")
 
     def read(self, i:int) -> dict[str, Tensor]: return {m: x[i] for m, x in self.arrays.items()}
 
@@ -160,14 +161,13 @@ def has(self:Archive,
     for m in modalities:
         if m not in self.sensors: raise unknown_name('modality of this archive', m, self.sensors)
     if 'modalities' not in self.table: return np.ones(len(self), bool)
-    wanted = set(modalities)
-    return np.array([o is None or wanted.issubset(o) for o in self.table['modalities']], dtype=bool)
+    return np.array([o is None or set(modalities).issubset(o) for o in self.table['modalities']], dtype=bool)
 
 # %% ../../nbs/10_data.base.ipynb #bb9ceb13
 @patch
 def _repr_markdown_(self:Archive):
     lines = [f"**{type(self).__name__}** of {len(self):,} patches", '', '| | |', '|---|---|']
-    lines += [f"| {m} | {', '.join(o.bands)} ({o.unit}) |" for m, o in self.sensors.items()]
+    lines += [f"| {m} | {o.band_list} ({o.unit}) |" for m, o in self.sensors.items()]
     if 'split' in self.table:
         counts = self.table['split'].value_counts(sort=False)
         lines.append(f"| split | {', '.join(f'{k} {n:,}' for k, n in counts.items())} |")
@@ -201,7 +201,7 @@ class Subset(Archive):
         numbers = np.asarray(numbers, dtype=np.int64)
         super().__init__(archive.table.iloc[numbers], archive.sensors, archive.vocab)
         if isinstance(archive, Subset): archive, numbers = archive.whole, archive.chosen[numbers]
-        self.whole, self.chosen = archive, numbers
+        self.whole, self.chosen, self.reading = archive, numbers, archive.reading
 
     def read(self, i:int) -> dict[str, Tensor]: return self.whole.read(int(self.chosen[i]))
 
@@ -249,6 +249,7 @@ class _Concat(Archive):
         same = all(set(a.sensors) == set(sensors) and 'modalities' not in a.table for a in archives)
         tables = [a.table if same else a.table.assign(modalities=_present(a)) for a in archives]
         super().__init__(pd.concat(tables), sensors, next(iter(vocabs), None))
+        self.reading = {m: r for a in reversed(archives) for m, r in a.reading.items()}
 
     def read(self, i):
         part = int(np.searchsorted(self.starts, i, 'right')) - 1
@@ -309,8 +310,7 @@ def read_split_csvs(
     "All the splits in `folder`, by the names of its files."
     files = sorted(p for p in Path(folder).glob('*.csv*') if _split_name(p.name.split('.')[0]) in _SPLITS)
     if not files: raise MissingFileError(f"{folder} holds no train.csv, val.csv or test.csv")
-    splits = {_split_name(p.name.split('.')[0]): read_split_csv(p) for p in files}
-    home = {}
+    splits, home = {_split_name(p.name.split('.')[0]): read_split_csv(p) for p in files}, {}
     for split, names in splits.items():
         for o in names:
             if home.setdefault(o, split) != split:

@@ -62,7 +62,7 @@ def check_patch(
         return InputError(f"{name} cannot be used as {sensor.name}", found, wanted, remedy)
     if x.ndim != 3 or x.shape[0] != sensor.in_chans:
         raise bad(f"an array of {'x'.join(map(str, x.shape))}",
-                  f"{sensor.in_chans} bands ({', '.join(sensor.bands)}) x height x width",
+                  f"{sensor.in_chans} bands ({sensor.band_list}) x height x width",
                   "choose the bands by name, or another sensor")
     if 0 in x.shape or (size is not None and x.shape[1:] != (size, size)):
         raise bad(f"{x.shape[1]}x{x.shape[2]} pixels", f"{size or 'at least 1'}x{size or 1}",

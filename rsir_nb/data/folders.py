@@ -19,7 +19,8 @@ from ..core import DATASETS, InputError
 from .base import Archive, Vocab
 from .checks import check_patch, to_grid
 from .rasters import (SkipList, choose_bands, date_in_name, fill_nodata, find_files,
-                                  footprints, nodata_mask, raster_info, read_raster, scaling_of, to_unit)
+                                  footprints, nodata_mask, raster_info, read_raster, reading_options,
+                                  scaling_of, to_unit)
 from ..sensors import Sensor, get_sensor
 
 # %% ../../nbs/17_data.folders.ipynb #1d5f4724
@@ -30,19 +31,20 @@ class _Files:
     def __init__(self, sensor, bands, scale, offset, img_size):
         self.sensor, self.bands, self.img_size = get_sensor(sensor), bands, img_size
         self.scaling = scale, offset
+        self.reading = reading_options(bands=bands, scale=scale, offset=offset)
 
     def look(self, path, check=False):
         "What the header says; with `check` the pixels are read too."
         info = raster_info(path, alone=True)
         choose_bands(info, self.sensor, self.bands)
-        scaling_of(info, *self.scaling)
+        scaling_of(info, *self.scaling, self.sensor)
         if check: self.read(path)
         return info
 
     def read(self, path):
         info = raster_info(path, alone=True)
         raw = read_raster(path, choose_bands(info, self.sensor, self.bands), alone=True)
-        x = to_unit(raw, *scaling_of(info, *self.scaling))
+        x = to_unit(raw, *scaling_of(info, *self.scaling, self.sensor))
         if self.sensor.unit != 'byte': x = fill_nodata(x, nodata_mask(raw, info.nodata))
         if self.img_size is not None: x = to_grid(x, self.img_size).numpy()
         check_patch(x, self.sensor, str(path))
@@ -109,6 +111,7 @@ class ClassFolders(Archive):
         infos = _same_size(infos, img_size, skips)
         _must_be_some(infos, root, skips)
         self.modality, self.skipped = modality or self.files.sensor.name, skips.table
+        self.reading = {self.modality: self.files.reading}
         super().__init__(_table_of(infos, root, self.files.sensor), {self.modality: self.files.sensor},
                          Vocab(classes or sorted({p.parent.name for p in infos})))
 
@@ -161,7 +164,7 @@ class PairedFolders(Archive):
         firsts = [max(o.values(), key=lambda info: info.crs is not None) for o in self.infos.values()]
         table = pd.DataFrame(dict(id=list(self.infos), date=[date_in_name(o) for o in self.infos],
                                   source=[o.path for o in firsts]))
-        self.skipped = skips.table
+        self.skipped, self.reading = skips.table, {m: o.reading for m, o in self.files.items()}
         super().__init__(table.join(_places(firsts)), {m: o.sensor for m, o in self.files.items()})
 
     def _look(self, modality, home, check, skips):

@@ -7,7 +7,7 @@ __all__ = ['PACKINGS', 'Packing', 'seal', 'unseal', 'StoreHeader', 'RecordLayout
 
 # %% ../../nbs/10g_data.packing.ipynb #a8cac995
 import json, math, struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -84,6 +84,7 @@ class StoreHeader:
     vocab:list[str]|None=None # classes, in order
     count:int=0 # patches
     complete:bool=False # whether the writer came to its end
+    reading:dict=field(default_factory=dict) # modality -> how the files were read that the patches came from
 
     def to_json(self) -> bytes:
         return json.dumps(dict(format=_FORMAT, version=_VERSION, **asdict(self))).encode()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['band_name', 'RasterInfo', 'raster_info', 'file_bands', 'choose_bands', 'read_raster', 'to_unit', 'scaling_of',
-           'nodata_mask', 'fill_nodata', 'wkb_quads', 'footprints', 'date_in_name', 'find_files', 'SkipList']
+           'reading_options', 'nodata_mask', 'fill_nodata', 'wkb_quads', 'footprints', 'date_in_name', 'find_files',
+           'SkipList']
 
 # %% ../../nbs/10b_data.rasters.ipynb #eb886fcb
 import re
@@ -80,9 +81,11 @@ def _opened(path, alone=False):
 
 def _unreadable(path, why):
     if not Path(path).exists(): return MissingFileError(f"{path} is not there")
-    why = str(why).split('\n')[0].replace(str(path), 'the file').strip("'")
-    return CorruptError(f"{path} cannot be read", found=why, wanted="a complete image",
-                        remedy="fetch it again")
+    size, why = Path(path).stat().st_size, str(why).split('\n')[0]
+    for o in f"'{path}' ", str(path): why = why.replace(o, '')
+    return CorruptError(f"{path} cannot be read as an image", wanted="a complete image file",
+                        found="an empty file" if not size else f"{size:,} bytes, {why[:160].rstrip('.')}",
+                        remedy="name another file, or fetch this one again")
 
 # %% ../../nbs/10b_data.rasters.ipynb #9f723211
 def raster_info(
@@ -183,14 +186,27 @@ def scaling_of(
     info:RasterInfo, # of the file
     scale:float|str|None=None, # as the user gave it; None if not
     offset:float|None=None, # as the user gave it; None if not
+    sensor:Sensor|None=None, # whose unit is wanted
 ) -> tuple[float|str, float]: # scale and offset for `to_unit`
-    "What to apply to a file's numbers; raises `InputError` if it declares a scaling of its own."
+    "What to apply to a file's numbers; raises `InputError` if that has to be said and was not."
+    if scale is None and offset is None and info.dtype == 'uint8' and sensor and sensor.unit in ('dB', 'DN'):
+        raise InputError(f"{info.path} cannot be used as {sensor.name}", found="8-bit values, 0..255",
+                         wanted="decibels" if sensor.unit == 'dB' else "reflectance x 10000",
+                         remedy="pass scale= and offset= that lead there, or a sensor of bytes such as rgb")
     if scale is None and offset is None and info.scaling != (1, 0):
         raise InputError(f"{info.path} declares that its numbers are scaled",
                          found="scale {:g}, offset {:g}".format(*info.scaling),
                          wanted="scale= and offset= that lead to dB or to reflectance x 10000",
                          remedy="scale=1, offset=0 takes the numbers as they are")
     return 1. if scale is None else scale, 0. if offset is None else offset
+
+# %% ../../nbs/10b_data.rasters.ipynb #2637865d
+def reading_options(
+    **options, # bands=, scale=, offset=, nodata=, as the user gave them
+) -> dict: # those that were given, in JSON's types
+    "What to remember of how files were read."
+    plain = lambda o: list(o) if isinstance(o, (tuple, list)) else o
+    return {k: plain(v) for k, v in options.items() if v is not None}
 
 # %% ../../nbs/10b_data.rasters.ipynb #4759ac00
 def nodata_mask(

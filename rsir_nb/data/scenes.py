@@ -20,7 +20,8 @@ from .base import Archive
 from .checks import check_patch, to_grid
 from .rasters import (RasterInfo, SkipList, band_name, choose_bands, date_in_name, file_bands,
                                   fill_nodata, find_files, footprints, nodata_mask, raster_info, read_raster,
-                                  scaling_of, to_unit, wkb_quads)
+                                  reading_options, scaling_of, to_unit, wkb_quads)
+from ..geo import ground_side
 from ..sensors import BANDS, SENSORS, Sensor, get_sensor
 
 # %% ../../nbs/16_data.scenes.ipynb #a54a859c
@@ -112,7 +113,7 @@ def _names(paths):
 def _cut(info, name, sensor, o):
     "The table of one scene, and how its windows are read; `o` holds the archive's options."
     channels = choose_bands(info, sensor, o['bands'])
-    scale, offset = scaling_of(info, o['scale'], o['offset'])
+    scale, offset = scaling_of(info, o['scale'], o['offset'], sensor)
     nodata = info.nodata if o['nodata'] is None else o['nodata']
     if info.crs is None:
         if o['crs'] is None:
@@ -179,6 +180,8 @@ class SceneArchive(Archive):
         self.skipped = skips.table
         if not tables: raise InputError("no scene can be used", found=skips.rows[0]['reason'])
         self.modality = modality or _modality(sensor)
+        told = reading_options(bands=bands, scale=scale, offset=offset, nodata=nodata)
+        self.reading = {self.modality: told}
         super().__init__(pd.concat(tables), {self.modality: sensor})
 
     def read(self, i:int) -> dict[str, Tensor]:
@@ -206,16 +209,25 @@ def _read_file(path, sensor, bands, nodata):
     return info, raw, nodata_mask(raw, info.nodata if nodata is None else nodata)
 
 # %% ../../nbs/16_data.scenes.ipynb #fc21cf9a
-def _fit(x, size, fit, name):
-    "`x` (C,H,W) as a square of `size` pixels."
+def _fit(x, size, fit, name, side):
+    "`x` (C,H,W) as a square of `size` pixels; `side` pixels of it cover the ground of a patch."
     h, w = x.shape[1:]
-    if fit not in ('resample', 'centre'): raise unknown_name('way to fit', fit, ['resample', 'centre'])
-    if fit == 'centre' and min(h, w) >= size:
-        return x[:, (h-size)//2:(h-size)//2+size, (w-size)//2:(w-size)//2+size]
-    if fit == 'resample' and h == w: return to_grid(x, size).numpy()
-    raise InputError(f"{name} does not fit", found=f"{h}x{w} pixels",
-                     wanted="a square image" if fit == 'resample' else f"at least {size}x{size} pixels",
-                     remedy="pass fit='centre'" if min(h, w) >= size else "pass a larger image")
+    if fit not in (None, 'resample', 'centre'): raise unknown_name('way to fit', fit, ['resample', 'centre'])
+    if h == w and (fit == 'resample' or abs(h - side) <= 0.1*side): return to_grid(x, size).numpy()
+    top, left = (h - side)//2, (w - side)//2
+    if fit == 'centre' and min(top, left) >= 0:
+        return to_grid(x[:, top:top+side, left:left+side], size).numpy()
+    ways = {"'centre' takes its middle": min(top, left) >= 0, "'resample' takes all of it": h == w}
+    ways = [k for k, can in ways.items() if can]
+    raise InputError(f"{name} has not the size of a patch", found=f"{h}x{w} pixels",
+                     wanted=f"{side}x{side} pixels, the ground that a patch covers",
+                     remedy=f"cut it, or fit it: {', '.join(ways)}" if ways else "cut a larger one")
+
+def _side(info, size, ground):
+    "How many pixels of a file cover `ground` metres; `size` where that is not known."
+    if info is None or info.crs is None or ground is None: return size
+    covered = ground_side(footprints(info.corners()[None], info.crs)[0])
+    return max(1, round(ground * (info.height*info.width)**0.5 / covered))
 
 # %% ../../nbs/16_data.scenes.ipynb #c86dac39
 def read_patch_file(
@@ -227,21 +239,23 @@ def read_patch_file(
     offset:float|None=None, # to the unit
     nodata:float|None=None, # mark of missing pixels; the file's own by default
     max_nodata:float=0.5, # part that may be missing, 0..1
-    fit:Literal['resample', 'centre']='resample', # how another size becomes `size`
+    fit:Literal['resample', 'centre']|None='resample', # how another size becomes `size`; None refuses it
+    ground:float|None=None, # metres a side of a patch, for files that know their place; `size` pixels if not
 ) -> Tensor: # (C,H,W) float32, raw units
     "Read one image as a patch of `sensor`, checked."
     sensor = get_sensor(sensor)
     if not Path(path).exists(): raise MissingFileError(f"{path} is not there")
+    info = None
     if Path(path).is_dir():
         raw, mask = _read_folder(path, sensor, size)
         scale, offset = 1. if scale is None else scale, 0. if offset is None else offset
     else:
         info, raw, mask = _read_file(path, sensor, bands, nodata)
-        scale, offset = scaling_of(info, scale, offset)
+        scale, offset = scaling_of(info, scale, offset, sensor)
     if mask.mean() > max_nodata:
         raise InputError(f"{path} is nearly empty", found=f"no data in {mask.mean():.0%} of its pixels",
                          wanted=f"at most {max_nodata:.0%}")
     x = fill_nodata(to_unit(raw, scale, offset), mask)
-    if size is not None and x.shape[1:] != (size, size): x = _fit(x, size, fit, path)
+    if size is not None: x = _fit(x, size, fit, path, _side(info, size, ground))
     check_patch(x, sensor, str(path), size)
     return torch.from_numpy(np.ascontiguousarray(x))

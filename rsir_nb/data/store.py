@@ -184,7 +184,8 @@ def write_store(
     if not (resume or overwrite) and (Path(path)/'data.mdb').exists():
         raise InputError(f"{path} is there already", remedy="pass resume=True or overwrite=True")
     packings = {m: _packing(s, (dtypes or {}).get(m)) for m, s in archive.sensors.items()}
-    header = StoreHeader(size, archive.sensors, packings, list(archive.vocab) if archive.vocab else None)
+    header = StoreHeader(size, archive.sensors, packings, list(archive.vocab) if archive.vocab else None,
+                         reading=dict(archive.reading))
     rows, report = _to_arrow(archive.table, path), StoreReport(Path(path))
     with StoreWriter(path, header, rows.schema, overwrite) as writer:
         todo = [i for i, o in enumerate(archive.ids) if o not in writer.known]
@@ -236,6 +237,7 @@ class PatchStore(Archive):
             table[key] = [None if o is None else list(o) for o in table[key]]
         vocab = Vocab(self.header.vocab) if self.header.vocab else None
         super().__init__(table, self.header.sensors, vocab)
+        self.reading = self.header.reading
 
     @property
     def complete(self) -> bool:

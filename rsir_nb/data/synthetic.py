@@ -154,6 +154,9 @@ class SyntheticArchive(Archive):
 def _split(table, n_places, parts, seed):
     "Split names; with one or two places there is not one for each."
     names = ['train', 'test', 'val'][:n_places]
+    if len(parts) != 3 or min(parts) < 0 or abs(sum(parts) - 1) > 1e-6:
+        raise InputError("these are no parts of the places", found=list(parts),
+                         wanted="three numbers from 0 that add up to 1: train, val, test")
     parts = dict(zip(('train', 'val', 'test'), parts, strict=True))
     return split_by_place(table, {o: parts[o] for o in names if parts[o] > 0}, seed)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Normalise', 'image_size', 'map_images', 'random_flips', 'random_crop', 'center_crop', 'random_resized_crop',
-           'resample', 'csmae_orientation']
+           'resample', 'blur_and_turn', 'csmae_orientation']
 
 # %% ../../nbs/13_data.transforms.ipynb #ee92333f
 from typing import Any, Callable, Mapping
@@ -140,6 +140,35 @@ def _resample(x, size, mode='bicubic', align_corners=True):
     if tuple(x.shape[-2:]) == tuple(size): return x
     corners = align_corners if mode in ('bicubic', 'bilinear') else None
     return F.interpolate(x, size=size, mode=mode, align_corners=corners)
+
+# %% ../../nbs/13_data.transforms.ipynb #4e4c8d86
+def blur_and_turn(
+    batch:Mapping[str, Any], # modality -> (B,C,H,W), and other entries
+    rng:np.random.Generator, # where chance comes from
+    sigma:tuple[float, float]=(1.1, 1.3), # of the 3 x 3 blur, pixels
+    degrees:tuple[float, float]=(5, 10), # of the turn, clockwise
+    zoom:float=200/256, # part of the side that is kept
+) -> dict[str, Any]: # a new batch of the same shapes
+    "A changed copy of each sample, all its modalities alike."
+    n, (low, high) = image_size(batch)[0], sigma
+    side = np.exp(-0.5/(low + rng.random(n)*(high - low))**2)
+    kernel = np.stack([side, np.ones(n), side], 1)/(1 + 2*side)[:, None]
+    angle = np.deg2rad(rng.uniform(*degrees, n))
+    cos, sin, zero = zoom*np.cos(angle), zoom*np.sin(angle), np.zeros(n)
+    turn = np.stack([cos, sin, zero, -sin, cos, zero], 1).reshape(n, 2, 3)
+    def change(x):
+        grid = F.affine_grid(torch.from_numpy(turn).to(x), x.shape, align_corners=False)
+        blurred = _blur(x, torch.from_numpy(kernel).to(x))
+        return F.grid_sample(blurred, grid, mode='bilinear', padding_mode='border', align_corners=False)
+    return map_images(batch, change)
+
+# %% ../../nbs/13_data.transforms.ipynb #383e965b
+def _blur(x, kernel):
+    "Each image, (B,C,H,W), with its own kernel, (B,3), along rows and columns."
+    B, C, H, W = x.shape
+    square = (kernel[:, :, None]*kernel[:, None]).repeat_interleave(C, 0)[:, None]
+    padded = F.pad(x, (1, 1, 1, 1), mode='replicate').reshape(1, B*C, H + 2, W + 2)
+    return F.conv2d(padded, square, groups=B*C).reshape(x.shape)
 
 # %% ../../nbs/13_data.transforms.ipynb #438197f8
 def csmae_orientation(

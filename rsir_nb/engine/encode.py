@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..config import load_run_config, register_schema, to_dict
-from ..core import InputError, RsirError, atomic_path, content_hash, read_json, unknown_name, write_json
+from ..core import (InputError, RsirError, atomic_path, check_arguments, content_hash, read_json,
+                          unknown_name, write_json)
 from ..data.base import Archive, check_patch
 from .runs import folder_lock
-from .train import PRECISIONS, build_archive, load_method
+from .train import PRECISIONS, build_archive, load_method, run_weights
 from ..methods.base import Method
 from ..retrieval.codes import CodeStore, binarise, pack_bits
 
@@ -46,7 +47,7 @@ def common_sensors(
     return found
 
 # %% ../../nbs/71_engine.encode.ipynb #e466e6c3
-def _in_words(sensor): return f"{', '.join(sensor.bands)} in {sensor.unit}"
+def _in_words(sensor): return f"{sensor.band_list} in {sensor.unit}"
 
 # %% ../../nbs/71_engine.encode.ipynb #efd72eab
 def describe_job(
@@ -68,7 +69,8 @@ def _same_job(found, job, where):
     differ = [k for k in job if found.get(k) != job[k]]
     if differ: raise InputError(f"{where} holds codes of another {' and another '.join(differ)}",
         found=', '.join(f"{k} {found.get(k)}" for k in differ),
-        wanted=', '.join(f"{k} {job[k]}" for k in differ), remedy="choose another folder, or delete this one")
+        wanted=', '.join(f"{k} {job[k]}" for k in differ),
+        remedy="encode anew with overwrite=True (--overwrite), or choose another folder")
 
 # %% ../../nbs/71_engine.encode.ipynb #4e8f9588
 class _Reader(Dataset):
@@ -166,9 +168,12 @@ def encode(
     embeddings:bool=True, # keep float16 embeddings beside the codes
     device:str|None=None, # where to compute; a GPU if there is one by default
     progress:bool=True, # show a progress bar
+    overwrite:bool=False, # delete what is there, and encode anew
 ) -> CodeStore: # complete
     "Encode `archive` to `path`, or finish what was begun, or open what is done."
     path = Path(path)
+    _check_settings(batch_size, shard_size, num_workers)
+    if overwrite: _drop(path)
     if str(precision) not in PRECISIONS: raise unknown_name('precision', precision, PRECISIONS)
     found = common_sensors(method, archive, modalities)
     job = describe_job(method, archive, found, precision, embeddings or method.heads is None)
@@ -184,6 +189,22 @@ def encode(
     return store
 
 # %% ../../nbs/71_engine.encode.ipynb #211ba061
+def _check_settings(batch_size, shard_size, num_workers):
+    if batch_size >= 1 and shard_size >= 1 and num_workers >= 0: return
+    raise InputError("an archive cannot be encoded so", wanted="the first two from 1, the last from 0",
+                     found=f"batch_size {batch_size}, shard_size {shard_size}, num_workers {num_workers}")
+
+def _drop(path):
+    "Delete a code store, complete or not."
+    for o in path, path.with_name(path.name + '.part'): shutil.rmtree(o, ignore_errors=True)
+
+def _weights_of(path):
+    "The weights that made a code store, or a part of one; None where there is none."
+    for file in path.with_name(path.name + '.part')/'plan.json', path/'provenance.json':
+        if not file.is_file(): continue
+        about = read_json(file)
+        return about.get('weights_hash', about.get('weights'))
+
 def _open_finished(path, job):
     store = CodeStore.open(path)
     _same_job(store.provenance.get('job', {}), job, path)
@@ -227,6 +248,7 @@ def _write_store(method, archive, path, part, job):
                     embeddings=arrays.get('embeddings'), present=has,
                     provenance=dict(job=job, method=method.describe(), skipped=skipped,
                                     sensors={m: archive.sensors[m].to_dict() for m in has},
+                                    reading={m: archive.reading[m] for m in has if m in archive.reading},
                                     classes=list(archive.vocab or [])))
 
 # %% ../../nbs/71_engine.encode.ipynb #2cca5de0
@@ -237,15 +259,22 @@ def skipped_patches(
     return pd.DataFrame(store.provenance.get('skipped', []), columns=['id', 'reason'])
 
 # %% ../../nbs/71_engine.encode.ipynb #37503174
-register_schema('encode', encode, derived=('method', 'archive', 'path', 'progress'))
+register_schema('encode', encode, derived=('method', 'archive', 'path', 'progress', 'overwrite'),
+                check=lambda **o: _check_settings(o['batch_size'], o['shard_size'], o['num_workers']))
 
 def encode_run(
     run_dir:str|Path, # folder of a finished run
     archive:Archive|None=None, # what to encode; the archive of the run's config by default
     progress:bool=True, # show a progress bar
+    overwrite:bool=False, # encode anew
+    **changes, # of the run's settings: batch_size=, precision=, ...
 ) -> CodeStore: # `run_dir`/codes
-    "Encode a run's archive with the run's method."
-    cfg = load_run_config(run_dir)
+    "Encode a run's archive with the run's method; codes of weights that it no longer has are made again."
+    cfg, path = load_run_config(run_dir), Path(run_dir)/'codes'
+    check_arguments(encode, changes, 'encode')
+    if not overwrite and _weights_of(path) not in (None, run_weights(run_dir)):
+        log.info("%s was trained further since it was encoded; its codes are made again", run_dir)
+        overwrite = True
     archive = build_archive(cfg.data) if archive is None else archive
-    path, settings = Path(run_dir)/'codes', to_dict(cfg.encode)
-    return encode(load_method(run_dir), archive, path, progress=progress, **settings)
+    settings = {**to_dict(cfg.encode), **changes}
+    return encode(load_method(run_dir), archive, path, progress=progress, overwrite=overwrite, **settings)

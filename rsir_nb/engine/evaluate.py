@@ -118,7 +118,9 @@ def evaluate_store(
 ) -> Evaluation: # of codes and embeddings, and of the baselines
     "Score a store in all directions."
     kinds = dict(binary=store.n_bits, float=len(store.embeddings))
-    own = [System(name, store, kind) for kind, there in kinds.items() if there]
+    one_width = len({z.shape[1] for z in store.embeddings.values()}) <= 1
+    own = [System(name, store, kind, across=kind == 'binary' or one_width)
+           for kind, there in kinds.items() if there]
     ks, results = get_protocol(protocol).ks, []
     metrics = metrics and list(dict.fromkeys(['map', *metrics]))
     for system in [*own, *baselines]:
@@ -180,6 +182,11 @@ class EvaluateConfig:
     drawings:int = 1000 # of the bootstrap
     metrics:list|None = None # names in `METRICS` beside map; all that can be computed by default
 
+    def __post_init__(self):
+        get_protocol(self.protocol)
+        if self.depth < 1 or self.drawings < 1: raise InputError("nothing can be evaluated so",
+            found=f"depth {self.depth}, drawings {self.drawings}", wanted="1 or more of each")
+
 # %% ../../nbs/74a_engine.evaluate.ipynb #99d49935
 register_schema('evaluate', EvaluateConfig)
 
@@ -193,7 +200,6 @@ def evaluate(
     cfg, run_dir = load_run_config(run_dir), Path(run_dir)
     check_arguments(EvaluateConfig, changes, 'evaluate')
     o = EvaluateConfig(**{**to_dict(cfg.evaluate), **changes})
-    get_protocol(o.protocol)
     archive = build_archive(cfg.data) if archive is None else archive
     store, folder = encode_run(run_dir, archive, progress), run_dir/'evaluation'/o.protocol
     job = json.loads(json.dumps(dict(asdict(o), seed=cfg.seed, codes=store.provenance['checksum'])))

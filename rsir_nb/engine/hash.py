@@ -49,7 +49,8 @@ def paired_labels(
 log = logging.getLogger(__name__)
 
 # %% ../../nbs/72_engine.hash.ipynb #9b13e916
-register_schema('hash', train_heads, derived=('features', 'labels', 'seed', 'progress'))
+register_schema('hash', train_heads, derived=('features', 'labels', 'seed', 'progress'),
+                check=lambda **o: _check_settings(o))
 
 def train_hash(
     run_dir:str|Path, # folder of a finished run
@@ -63,8 +64,7 @@ def train_hash(
     check_arguments(train_heads, changes, 'hash')
     method = Method.load(Path(run_dir)/'method')
     settings = {**to_dict(cfg.hash), **changes}
-    if settings['n_bits'] % 8: raise InputError("codes of this length cannot be packed into bytes",
-                                                found=settings['n_bits'], wanted="a multiple of 8")
+    _check_settings(settings)
     job = json.loads(json.dumps(dict(settings, seed=cfg.seed, weights=method.weights_hash)))
     with folder_lock(home):
         if (home/'finished.json').is_file() and not overwrite:
@@ -92,4 +92,13 @@ def _same_heads(found, job, home):
     if differ: raise InputError(f"{home} holds heads that were trained with other settings",
         found=', '.join(f"{k} {found.get(k)}" for k in differ),
         wanted=', '.join(f"{k} {job[k]}" for k in differ),
-        remedy="pass overwrite=True; codes made with the old heads then have to be made again")
+        remedy="train them again with overwrite=True (--overwrite); the codes are then made again too")
+
+def _check_settings(o):
+    "Refuse what no head can be trained with."
+    if o['n_bits'] % 8 or o['n_bits'] < 8:
+        raise InputError("codes of this length cannot be packed into bytes", found=o['n_bits'],
+                         wanted="a multiple of 8")
+    low = {k: o[k] for k in ('epochs', 'batch_size', 'lr', 'temperature') if not o[k] > 0}
+    if low: raise InputError("hash heads cannot be trained so", wanted="numbers above 0",
+                             found=', '.join(f'{k} {v}' for k, v in low.items()))

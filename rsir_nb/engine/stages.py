@@ -6,7 +6,7 @@
 __all__ = ['archive_picture', 'index_run', 'make_demo_store', 'demo']
 
 # %% ../../nbs/77_engine.stages.ipynb #44e458f0
-import logging, time
+import logging, shutil, time
 from pathlib import Path
 from typing import Callable
 
@@ -36,10 +36,18 @@ def archive_picture(
 def index_run(
     run_dir:str|Path, # a trained run
     progress:bool=True, # show progress bars
+    overwrite:bool=False, # encode and index anew
 ) -> Retriever: # also in `run_dir`/search
     "Encode a run's archive if that is not done, and put weights, codes and index together for search."
-    store = encode_run(run_dir, progress=progress)
-    return Retriever.build(load_method(run_dir), store, Path(run_dir)/'search')
+    store, search = encode_run(run_dir, progress=progress, overwrite=overwrite), Path(run_dir)/'search'
+    if overwrite or _is_of_others(search, store): shutil.rmtree(search, ignore_errors=True)
+    return Retriever.build(load_method(run_dir), store, search)
+
+# %% ../../nbs/77_engine.stages.ipynb #73066893
+def _is_of_others(search, store):
+    "Whether a search folder was made of other codes than those in `store`."
+    told = search/'retriever.json'
+    return told.is_file() and read_json(told).get('codes') != store.provenance['checksum']
 
 # %% ../../nbs/77_engine.stages.ipynb #fe35b8e7
 def make_demo_store(
@@ -91,5 +99,5 @@ def demo(
 def _on_store(cfg):
     "The config with the patch store as its archive."
     plain = to_dict(cfg)
-    plain['data'] = dict(name='store', path=str(Path(cfg.out)/'patches.store'))
+    plain['data'] = dict(name='store', path=str((Path(cfg.out)/'patches.store').absolute()))
     return OmegaConf.create(plain)

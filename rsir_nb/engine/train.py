@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'build_archive', 'build_method', 'TrainerConfig', 'trainer_config', 'split_of', 'config_changes',
-           'pretrain', 'make_trainer', 'first_pairs', 'read_history', 'load_method']
+           'pretrain', 'make_trainer', 'first_pairs', 'read_history', 'load_method', 'run_weights']
 
 # %% ../../nbs/70a_engine.train.ipynb #5bf91ac6
 import io, logging, shutil, time, warnings
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import group_kwargs, load_run_config, register_schema, save_config, to_dict
 from ..core import (DATASETS, METHODS, InputError, MissingFileError, declare_torchvision_ops,
-                          legal_arguments, write_json)
+                          legal_arguments, read_json, write_json)
 from ..data.base import Archive
 from ..data.module import ArchiveData
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepLast, RunBar,
@@ -139,18 +139,20 @@ def _deciding(cfg):
                 optim=asdict(make_optim(to_dict(cfg.optim))))
 
 def _same_config(cfg, run_dir):
-    "Refuse a folder that holds a run with other settings."
-    if not (run_dir/'config.yaml').is_file(): return
+    "Refuse a folder that holds what other settings have made."
+    made = (run_dir/'finished.json').is_file() or last_checkpoint(run_dir/'checkpoints')
+    if not made or not (run_dir/'config.yaml').is_file(): return
     changes = config_changes(_deciding(load_run_config(run_dir)), _deciding(cfg))
     changes = {k: v for k, v in changes.items() if k not in _FREE}
     if changes: raise InputError(f"{run_dir} holds a run with other settings",
         found=', '.join(f"{k}={a}" for k, (a, _) in changes.items()),
         wanted=', '.join(f"{k}={b}" for k, (_, b) in changes.items()),
-        remedy="choose another `out`, or start over with resume=False")
+        remedy="choose another `out`, or start over with --fresh (in Python resume=False)")
 
 def _clear(run_dir):
     "Remove what a former run left."
-    for name in 'checkpoints', 'pictures', 'method', 'hash', 'wandb':
+    for name in ('checkpoints', 'pictures', 'method', 'hash', 'wandb', 'codes', 'codes.part', 'search',
+                 'baselines', 'evaluation'):
         shutil.rmtree(run_dir/name, ignore_errors=True)
     for name in 'metrics.csv', 'finished.json', 'config.yaml': (run_dir/name).unlink(missing_ok=True)
 
@@ -168,9 +170,9 @@ def pretrain(
         if (run_dir/'finished.json').is_file():
             log.info("%s is done", run_dir)
             return run_dir
-        if main: save_config(cfg, run_dir)
         archive, start = build_archive(cfg.data), time.time()
         method = build_method(cfg, archive)
+        if main: save_config(cfg, run_dir)
         if method.needs_training: _fit(method, archive, cfg, run_dir, progress)
         elif hasattr(method, 'fit'): method.fit(split_of(archive, trainer_config(cfg).train_split))
         if main: _finish(method, run_dir, time.time() - start)
@@ -206,13 +208,18 @@ def make_trainer(
     loggers:list=(), # Lightning loggers
 ) -> pl.Trainer: # ready to fit
     "A Lightning trainer with checkpoints that are checked and no output of its own."
-    return pl.Trainer(max_epochs=epochs, accelerator=o.accelerator, devices=o.devices, strategy=o.strategy,
-                      num_nodes=o.num_nodes, precision='32-true' if str(o.precision) == '32' else o.precision,
-                      accumulate_grad_batches=o.accumulate, gradient_clip_val=o.clip, logger=list(loggers),
-                      log_every_n_steps=o.log_every, callbacks=list(callbacks),
-                      plugins=[CheckedCheckpoints()],
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                      num_sanity_val_steps=0, use_distributed_sampler=False)
+    machine = dict(accelerator=o.accelerator, devices=o.devices, strategy=o.strategy, num_nodes=o.num_nodes,
+                   precision='32-true' if str(o.precision) == '32' else o.precision)
+    course = dict(max_epochs=epochs, accumulate_grad_batches=o.accumulate, gradient_clip_val=o.clip,
+                  log_every_n_steps=o.log_every, callbacks=list(callbacks), logger=list(loggers))
+    silent = dict(enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                  num_sanity_val_steps=0, use_distributed_sampler=False)
+    try: return pl.Trainer(**machine, **course, **silent, plugins=[CheckedCheckpoints()])
+    except Exception as e:
+        asked = ', '.join(f'{k}={v}' for k, v in machine.items())
+        raise InputError("this machine cannot train so", found=f"{asked}: {' '.join(str(e).split())[:200]}",
+                         wanted="an accelerator, devices and a strategy that it has",
+                         remedy="trainer.accelerator=auto trainer.devices=1 trainer.strategy=auto") from e
 
 # %% ../../nbs/70a_engine.train.ipynb #ca98bf07
 @contextmanager
@@ -259,7 +266,18 @@ def load_method(
     device:str='cpu', # where to put it
 ) -> Method: # in eval mode
     "The method of a run, with its hash heads where there are any."
-    run_dir = Path(run_dir)
+    return Method.load(_newest_method(run_dir), device)
+
+def run_weights(
+    run_dir:str|Path, # a run's folder
+) -> str: # 16 hexadecimal digits, see `Method.weights_hash`
+    "The name of a run's weights, without loading them."
+    return read_json(_newest_method(run_dir)/'method.json')['weights_hash']
+
+def _newest_method(run_dir):
+    "The folder of a run's method, with its heads where there are any."
     for name in 'hash/method', 'method', '.':
-        if (run_dir/name/'method.json').is_file(): return Method.load(run_dir/name, device)
-    raise MissingFileError(f"{run_dir} holds no trained method", remedy="pretrain it first")
+        if (Path(run_dir)/name/'method.json').is_file(): return Path(run_dir)/name
+    begun = (Path(run_dir)/'config.yaml').is_file()
+    raise MissingFileError(f"{run_dir} holds no trained method",
+        remedy=f"finish it: rsir pretrain {run_dir}/config.yaml" if begun else "name the folder of a run")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import show
-from ..core import METHODS, InputError, unknown_name
+from ..core import METHODS, InputError, legal_arguments, unknown_name
 from ..losses.contrastive import modality_discrepancy_loss, ntxent_loss, pairwise_mean
 from ..losses.reconstruction import reconstruction_loss
 from .base import HEADS, Method, evaluating
@@ -26,9 +26,9 @@ from ..models.decoder import CrossSensorDecoder
 from ..models.masking import (MASKINGS, RECONSTRUCTIONS, TokenMask, decoding_plan, make_noise,
                                     masking_plan, random_masking)
 from ..models.patches import patchify, unpatchify
+from ..models.names import LAYOUTS
 from ..models.vit import MultiSensorViT
 from ..models.weights import load_published
-from ..sensors import BAND_ORDERS
 
 # %% ../../nbs/51_methods.csmae.ipynb #293a1dbf
 VARIANTS = dict(
@@ -79,7 +79,7 @@ class CSMAE(Method):
         decode_ratio:float=1., # part of each batch that is decoded; the contrastive terms see all of it
         norm_pix:bool=False, # guess tokens brought to mean 0 and variance 1
         reconstruction_loss:str='l2', # squared ('l2') or absolute ('l1') error
-        global_pool:str='avg', # embedding: mean of the tokens ('avg') or the class token ('token')
+        global_pool:str='avg', # embedding: mean of the tokens ('avg'), their 'max', or the class 'token'
         embed_norm:str|None=None, # bring embeddings to mean 0 and variance 1 over the batch: 'batch', or None
         norm:str|Mapping|None='ben_v2', # statistics of each band, as `band_stats` takes them
         **kwargs, # further arguments of `Method`: optim, seed, band_orders, transpose
@@ -184,9 +184,11 @@ def losses(self:CSMAE,
 @patch
 def losses_of(self:CSMAE,
     out:MaskedPass, # what was encoded
+    further:Mapping|None=None, # terms of a subclass, name -> (weight, value)
 ) -> dict[str, Tensor]: # 'loss', the weighted sum, and its terms without weights
     "The training objective of a pass that was made already."
-    terms, total = {}, 0
+    terms = {name: value for name, (_, value) in (further or {}).items()}
+    total = sum(w*value for w, value in (further or {}).values())
     few = out.first(math.ceil(self.decode_ratio * len(next(iter(out.features.values())))))
     for s, t in self.pairs(out.images):
         name, w = (f'umr_{t}', 'umr') if s == t else (f'cmr_{t}_from_{s}', 'cmr')
@@ -196,6 +198,7 @@ def losses_of(self:CSMAE,
         total = total + self.weights[w]*terms[name]
     paired = len(out.features) > 1
     if paired and self.weights['mim']:
+        _check_pairs(self, out)
         terms['mim'] = pairwise_mean(ntxent_loss, out.features, temperature=self.temperature)
         total = total + self.weights['mim']*terms['mim']
     if paired and self.weights['mde']:
@@ -205,6 +208,13 @@ def losses_of(self:CSMAE,
         found=f"sensors {', '.join(out.images)}, weights {self.weights}",
         remedy="give a weight above 0 to a term, and pairs of sensors to those across sensors")
     return dict(loss=total, **terms)
+
+# %% ../../nbs/51_methods.csmae.ipynb #c715f2be
+def _check_pairs(method, out):
+    "Refuse to learn contrasts from a single place."
+    if len(next(iter(out.features.values()))) > 1 or not method.training: return
+    raise InputError("the contrastive term has nothing to compare with", found="a batch of one place",
+                     wanted="two or more", remedy="a larger batch_size, or mim_weight=0")
 
 # %% ../../nbs/51_methods.csmae.ipynb #bd53137b
 @dataclass
@@ -267,29 +277,42 @@ def show_reconstruction(self:CSMAE,
 @patch(cls_method=True)
 def from_published(cls:CSMAE,
     path:str|Path, # checkpoint, as published or as safetensors
-    sensors:Mapping|Sequence=('s1', 's2'), # radar first, then optical; with the bands of the checkpoint
+    sensors:Mapping|Sequence|None=None, # in published order, radar first; the system's by default
     num_heads:int|None=None, # attention heads of the encoder; its width over 64 by default
     decoder_heads:int|None=None, # attention heads of the decoders; their width over 32 by default
-    **kwargs, # further arguments of `CSMAE`, for training on
+    **kwargs, # further arguments of the method, for training on
 ) -> CSMAE: # in eval mode
     "A published network with the way it wants its input, and with its hash heads if it has any."
-    sensors = make_sensors(sensors)
-    found = load_published(path, tuple(sensors), num_heads, decoder_heads)
-    order = dict(zip(sensors, (BAND_ORDERS['csmae'][o] for o in ('s1', 's2')), strict=True))
-    published = dict(norm='ben_v1', band_orders=order, transpose=True, **_config_of(found))
-    method = cls(sensors, **{**published, **kwargs})
+    sensors = None if sensors is None else make_sensors(sensors)
+    found = load_published(path, sensors and tuple(sensors), num_heads, decoder_heads)
+    sensors = sensors or make_sensors(LAYOUTS[found.layout].sensors)
+    method = cls(sensors, **{**_config_of(cls, found, tuple(sensors)), **kwargs})
     if found.config['n_bits']: method.heads = HEADS.create('mlp', n_bits=found.config['n_bits'],
         embed_dims=dict.fromkeys(sensors, method.embed_dim))
-    missing = [k for k in method.load_state_dict(found.state_dict, strict=False).missing_keys
-               if not k.startswith('inputs.') and k.split('.')[-1] not in ('mean', 'std')]
-    if missing: raise InputError(f"{path} does not fill this network", found=f"nothing for {missing[0]}")
+    _fill(method, found.state_dict, path)
     return method.eval()
 
 # %% ../../nbs/51_methods.csmae.ipynb #36624f1e
-def _config_of(published):
-    "Arguments of `CSMAE` for published weights."
-    encoder, decoder = dict(published.config['backbone']), published.config['decoder']
+def _config_of(cls, published, modalities):
+    "Arguments of a masked autoencoder for published weights."
+    layout, config = LAYOUTS[published.layout], published.config
+    if config['n_classes'] and 'supervised_classes' not in legal_arguments(cls):
+        raise InputError(f"a {cls.__name__} has no classifier, as this file of {layout.title} has",
+                         remedy="read it with rsir_nb.methods.cmmae.CMMAE.from_published")
+    encoder, decoder = dict(config['backbone']), config['decoder']
     del encoder['in_chans'], encoder['norm_eps']
-    if decoder is None: return dict(encoder, decoder=None)
-    return dict(encoder, decoder=decoder['kind'], decoder_embed_dim=decoder['embed_dim'],
-                decoder_depth=decoder['depth'], decoder_num_heads=decoder['num_heads'])
+    seen = dict(norm=layout.norm, band_orders=layout.band_orders(modalities), transpose=layout.transpose)
+    told = dict(supervised_weight=1., supervised_classes=list(layout.classes)) if config['n_classes'] else {}
+    sizes = {f'decoder_{k}': decoder[k] for k in ('embed_dim', 'depth', 'num_heads')} if decoder else {}
+    return seen | encoder | dict(layout.arguments) | told | sizes | dict(decoder=decoder and decoder['kind'])
+
+# %% ../../nbs/51_methods.csmae.ipynb #dee5f30c
+def _fill(method, state, path):
+    "Give the network its weights, all of them; statistics of input and heads are not among them."
+    shapes = lambda d: {k: tuple(v.shape) for k, v in d.items()}
+    mine, given = shapes(method.state_dict()), shapes(state)
+    own = lambda k: k.startswith('inputs.') or k.split('.')[-1] in ('mean', 'std')
+    odd = [k for k in {**mine, **given} if mine.get(k) != given.get(k) and not own(k)]
+    if odd: raise InputError(f"{path} does not fill this network", wanted=f"{odd[0]} {mine.get(odd[0], '')}",
+        found=given.get(odd[0], 'none'), remedy="leave out arguments that change the network")
+    method.load_state_dict(state, strict=False)

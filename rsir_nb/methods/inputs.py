@@ -111,7 +111,7 @@ def check(self:InputAdapter,
     if x.ndim != 4: raise InputError(what, found=f"shape {tuple(x.shape)}",
         wanted="(B,C,H,W)", remedy="for one image pass x[None]")
     if x.shape[1] != sensor.in_chans: raise InputError(what, found=f"{x.shape[1]} channels",
-        wanted=f"{sensor.in_chans}: {', '.join(sensor.bands)}", remedy="see rsir_nb.sensors.reorder_bands")
+        wanted=f"{sensor.in_chans}: {sensor.band_list}", remedy="see rsir_nb.sensors.reorder_bands")
     if size and tuple(x.shape[2:]) != (size, size): raise InputError(what,
         found=f"{x.shape[2]} x {x.shape[3]} pixels", wanted=f"{size} x {size}",
         remedy="resample them with rsir_nb.data.base.to_grid, archive and query alike")

@@ -196,6 +196,23 @@ def _title(self:Ranking):
     fewer = f" ({len(self)} of the {self.k} asked for: no more match)" if len(self) < self.k else ''
     return f"{self.query.get('id', 'Query')}{way}{fewer}"
 
+# %% ../../nbs/44_retrieval.ranking.ipynb #f1e74846
+@patch
+def to_text(self:Ranking,
+    width:int=60, # letters of the longest cell
+) -> str: # a heading and one line a hit
+    "The ranking for a terminal."
+    if not len(self): return f"{self._title()}: nothing found"
+    words = lambda o: ', '.join(map(str, o)) if _is_list(o) else str(_plain(o) or '')
+    short = lambda o: o if len(o) <= width else o[:width - 1] + '…'
+    shown = dict(rank=np.arange(1, len(self) + 1), id=self.ids, distance=self.dists.round(4),
+                 relevant=[{True: 'yes', False: 'no'}.get(o, '') for o in self.relevance])
+    for name in (o for o in ('labels', 'date') if o in self.hits):
+        shown[name] = [short(words(o)).removesuffix(' 00:00:00') for o in self.hits[name]]
+    df = pd.DataFrame(shown)
+    df = df[[o for o in df if (df[o].astype(str) != '').any()]]
+    return f"{self._title()}\n{df.to_string(index=False)}"
+
 # %% ../../nbs/44_retrieval.ranking.ipynb #81ad95f3
 @patch
 def show(self:Ranking,

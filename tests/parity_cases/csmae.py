@@ -231,9 +231,9 @@ def make_method(case, backbone="backbone_state_dict", decoder=None, **options):
     return method
 
 
-def compare_objective(case, method, noises, prefix=""):
+def compare_objective(case, method, noises, prefix="", images=None):
     "Every output under `prefix`, from one masked pass; its terms."
-    out = method.masked_pass(images_of(case), {m: v for m, v in noises.items() if v is not None})
+    out = method.masked_pass(images or images_of(case), {m: v for m, v in noises.items() if v is not None})
     terms = method.losses_of(out)
     pairs = method.pairs(out.images)
     with torch.no_grad(): guessed = {pair: method.predict(out, *pair, every_token=True) for pair in pairs}
