@@ -140,7 +140,7 @@ def one_seed(archive, labels, seed, epochs):
 
 
 def table_of(scores, places):
-    "Means over seeds with a 95 % interval over seeds, and margins over the deciles with one over ports."
+    "Means with 95 % intervals over seeds, and margins over two baselines with intervals over ports."
     from scipy.stats import t
     rows = []
     for key in scores[0]:
@@ -148,11 +148,12 @@ def table_of(scores, places):
         means = np.array([o[key].mean() for o in scores])
         n = len(means)
         half = t.ppf(0.975, n - 1)*means.std(ddof=1)/np.sqrt(n) if n > 1 else np.nan
-        mine, base = (np.mean([o[k] for o in scores], 0) for k in (key, f"{DECILES}|{which}"))
-        gap = paired_difference_ci(mine, base, groups=places)
-        margin = dict(zip(("over deciles", "from", "to"), map(float, gap), strict=True))
-        rows.append({"system": name, "P@10 of": which, "mean": means.mean(), "+- over seeds": half,
-                     "lowest": means.min(), **margin})
+        rows.append({"system": name, "P@10 of": which, "mean": f"{means.mean():.3f}",
+                     "+- over seeds": f"{half:.3f}", "lowest": f"{means.min():.3f}"})
+        for title, base in {"over deciles": DECILES, "over untrained": "untrained network"}.items():
+            mine, theirs = (np.mean([o[k] for o in scores], 0) for k in (key, f"{base}|{which}"))
+            rows[-1][title] = "{:+.3f} ({:+.3f}..{:+.3f})".format(
+                *map(float, paired_difference_ci(mine, theirs, groups=places)))
     return pd.DataFrame(rows).sort_values("P@10 of", kind="stable").reset_index(drop=True)
 
 
@@ -180,7 +181,7 @@ def main():
     print(f"\n{len(archive)} patches of {table.place.nunique()} ports; seeds {args.seeds}; Python "
           f"{platform.python_version()}, torch {torch.__version__}, {platform.machine()}\n")
     with pd.option_context("display.width", 200, "display.max_rows", 99, "display.max_columns", 99):
-        print(table_of(scores, table.place.to_numpy()).round(3).to_string(index=False))
+        print(table_of(scores, table.place.to_numpy()).to_string(index=False))
 
 
 if __name__ == "__main__": main()
