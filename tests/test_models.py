@@ -93,7 +93,7 @@ def test_masks_that_leave_nothing_are_refused():
 
 # the encoder --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("pool", ["avg", "token"])
+@pytest.mark.parametrize("pool", ["avg", "max", "token"])
 def test_one_sensor_is_the_transformer_of_timm(pool):
     "With a single sensor and all blocks shared, the encoder is timm's; its weights go straight over."
     theirs = VisionTransformer(img_size=40, patch_size=10, in_chans=5, embed_dim=32, depth=3, num_heads=4,
@@ -182,7 +182,7 @@ def test_sizes_are_registered(name, width, heads):
 
 @pytest.mark.parametrize("kwargs,word", [
     (dict(in_chans={}), "sensor"), (dict(img_size=41), "divides img_size"), (dict(num_heads=5), "num_heads"),
-    (dict(embed_dim=30, num_heads=3), "multiple of 4"), (dict(global_pool="max"), "global_pool")])
+    (dict(embed_dim=30, num_heads=3), "multiple of 4"), (dict(global_pool="median"), "global_pool")])
 def test_impossible_sizes_are_refused(kwargs, word):
     with pytest.raises((InputError, UnknownNameError), match=word):
         MultiSensorViT(**{"in_chans": dict(s1=2), **SMALL, **kwargs})

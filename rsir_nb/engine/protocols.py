@@ -29,12 +29,16 @@ class Protocol:
     ks:tuple[int, ...] # depths at which the protocol reports
     source:str # who uses it
     leave_out:bool = False # whether a query's own patch is no answer
+    exclude_group:str|None = None # column, e.g. 'place': patches of the query's own group are no answers
 
 PROTOCOLS = dict(
     csmae=Protocol('val', 'test', (10,), 'CSMAE'),
     da4dte=Protocol('val', 'test', (8,), 'DA4DTE'),
     leave_one_out=Protocol('test', 'test', (1, 2, 4, 8), 'multi-task comparison (CV4RS)', leave_out=True),
-    train_test=Protocol('train', 'test', (8, 16, 32, 64, 128), 'contrastive CBIR'))
+    train_test=Protocol('train', 'test', (8, 16, 32, 64, 128), 'contrastive CBIR'),
+    vdd=Protocol('query', 'archive', (10,), 'DA4DTE vessels'),
+    leave_group_out=Protocol('test', 'test', (10,), 'patches that were cut from few scenes', leave_out=True,
+                             exclude_group='place'))
 
 # %% ../../nbs/74_engine.protocols.ipynb #305d256d
 def get_protocol(
@@ -54,6 +58,7 @@ class Direction:
     queries:np.ndarray # row numbers, (Q,)
     items:np.ndarray # row numbers, (N,), rising
     own:np.ndarray|None # where each query stands among the items, (Q,); None unless it is left out
+    groups:tuple[np.ndarray, np.ndarray]|None = None # of queries (Q,) and items (N,), if the own is excluded
 
     @property
     def name(self) -> str:
@@ -79,10 +84,31 @@ def directions(
                     found=f"{len(queries)} queries in {o.query!r}, {len(items)} patches in {o.archive!r}",
                     remedy="choose another protocol, or give the archive splits and labels")
             own = np.searchsorted(items, queries) if leave_out else None
-            found.append(Direction(s, t, queries, items, own))
+            groups = None if o.exclude_group is None else _groups(store, o.exclude_group, queries, items)
+            found.append(Direction(s, t, queries, items, own, groups))
     return found
 
 # %% ../../nbs/74_engine.protocols.ipynb #7bc28cb4
+def _groups(store, column, queries, items):
+    "The groups of queries and items; raise where a query would have no answer outside of its own."
+    if column not in store.table: raise unknown_name('column of this store', column, store.table.columns)
+    of = store.table[column]
+    if of.iloc[items].isna().any() or of.iloc[queries].isna().any():
+        raise InputError(f"the column {column!r} is not known for every patch",
+                         found=f"{of.isna().sum()} patches without")
+    asks, answers = (of.iloc[o].astype(str).to_numpy() for o in (queries, items))
+    if len(set(answers)) < 2 and set(asks) & set(answers):
+        raise InputError("all patches are of one group, so nothing answers", found=f"{column} {answers[0]}",
+                         wanted="two groups or more")
+    return asks, answers
+
+def _parts(d):
+    "Where the queries of each group stand, and their direction to the items of other groups."
+    if d.groups is None: return [(np.arange(len(d.queries)), d)]
+    asks, answers = d.groups
+    cut = lambda g: Direction(d.source, d.target, d.queries[asks == g], d.items[answers != g], None)
+    return [(np.flatnonzero(asks == g), cut(g)) for g in np.unique(asks)]
+
 def _in_split(store, name):
     "Rows of a split; all rows of a table that knows no splits."
     if 'split' not in store.table or not store.table['split'].notna().any(): return np.ones(len(store), bool)
@@ -163,14 +189,20 @@ def score_direction(
     seed:int=0, # of the random order
 ) -> Result: # the scores of every query
     "Rank and score one direction."
-    dists, ids = rank_direction(system, d, depth, seed)
-    n, table, labels = ids.shape[1], system.store.table, store_labels(system.store)
+    parts, table, labels = _parts(d), system.store.table, store_labels(system.store)
+    n_items = min(len(o.items) - (o.own is not None) for _, o in parts)
+    n = min(depth, n_items)
     ks = sorted({min(k, n) for k in (*ks, *CURVE_DEPTHS, n) if k <= n or k in ks})
-    scores = score_rankings(ids, labels[d.queries], labels[d.items], ks, metrics, dists, d.own)
+    found = []
+    for _, o in parts:
+        dists, ids = rank_direction(system, o, n, seed)
+        found.append(score_rankings(ids, labels[o.queries], labels[o.items], ks, metrics, dists, o.own))
+    order = np.argsort(np.concatenate([at for at, _ in parts]))
+    names = [k for k in found[0] if all(k in o for o in found)]
+    scores = {k: np.concatenate([o[k] for o in found])[order] for k in names}
     rows = table.iloc[d.queries]
     known = 'place' in rows and rows['place'].notna().all()
     places = (rows['place'] if known else rows['id']).astype(str).to_numpy()
-    n_items = len(d.items) - (d.own is not None)
     return Result(system, d.name, rows['id'].astype(str).to_numpy(), places, n_items, ks, scores)
 
 CURVE_DEPTHS = 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000

@@ -80,7 +80,7 @@ class CSMAE(Method):
         decode_ratio:float=1., # part of each batch that is decoded; the contrastive terms see all of it
         norm_pix:bool=False, # guess tokens brought to mean 0 and variance 1
         reconstruction_loss:str='l2', # squared ('l2') or absolute ('l1') error
-        global_pool:str='avg', # embedding: mean of the tokens ('avg') or the class token ('token')
+        global_pool:str='avg', # embedding: mean of the tokens ('avg'), their 'max', or the class 'token'
         embed_norm:str|None=None, # bring embeddings to mean 0 and variance 1 over the batch: 'batch', or None
         norm:str|Mapping|None='ben_v2', # statistics of each band, as `band_stats` takes them
         **kwargs, # further arguments of `Method`: optim, seed, band_orders, transpose

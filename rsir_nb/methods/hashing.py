@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from .. import show
 from ..core import LOSSES, InputError
 from ..losses.contrastive import ntxent_loss, pairwise_mean, unit_vectors
-from ..losses.hashing import bit_balance_loss, bit_decorrelation_loss, quantisation_loss
+from ..losses.hashing import (bit_balance_loss, bit_decorrelation_loss, quantisation_loss,
+                                    supervised_hash_loss, zero_one_loss)
 from .base import HEADS
 
 # %% ../../nbs/55_methods.hashing.ipynb #1e62e650
@@ -82,7 +83,9 @@ def hashing_losses(
     features:dict[str, Tensor], # standardised embeddings of the same images, (B,D)
     weights:Mapping[str, float], # term -> weight; a term without weight is not computed
     temperature:float=0.5, # of the contrastive term
-    published:bool=False, # quantisation and balance as the published sums
+    published:bool=False, # quantisation, balance and zero-one as the published sums
+    labels:Tensor|None=None, # zeros and ones, (B,L), for the two terms that need them
+    likeness:float=0.1, # of the supervised term: the smaller, the more the order inside a class counts
 ) -> dict[str, Tensor]: # 'loss', the weighted sum, and its terms without weights
     "The objective of hash heads."
     balance = dict(over='code', reduction='sum') if published else dict(over='bit')
@@ -91,7 +94,9 @@ def hashing_losses(
         similarity=lambda: code_similarity_loss(codes, features),
         quantisation=lambda: quantisation_loss(codes, 'sum' if published else 'mean'),
         balance=lambda: bit_balance_loss(codes, **balance),
-        decorrelation=lambda: bit_decorrelation_loss(codes))
+        decorrelation=lambda: bit_decorrelation_loss(codes),
+        zero_one=lambda: zero_one_loss(codes, labels, 'sum' if published else 'mean'),
+        supervised=lambda: supervised_hash_loss(codes, labels, features, likeness=likeness))
     terms = {k: makers[k]() for k in makers if weights.get(k)}
     if not terms: raise InputError("nothing to learn from", found=f"weights {dict(weights)}",
                                    remedy="give a term a weight above 0")
@@ -113,6 +118,7 @@ class HashTraining:
 # %% ../../nbs/55_methods.hashing.ipynb #0680e85f
 def train_heads(
     features:Mapping[str, Tensor|np.ndarray], # modality -> embeddings, (N,D), row by row the same places
+    labels:Tensor|np.ndarray|None=None, # zeros and ones of the same places, (N,L), for two of the weights
     n_bits:int=128, # length of the codes
     hidden_dim:int|None=512, # width between a head's layers; None for that of the embeddings
     epochs:int=30, # passes over the features
@@ -126,8 +132,11 @@ def train_heads(
     quantisation:float=0.1, # weight: values near -1 and 1
     balance:float=5., # weight: each bit is 1 for half of the images
     decorrelation:float=5., # weight: no bit repeats another
+    zero_one:float=0., # weight: all ones for the second of two classes, all zeros for the first
+    supervised:float=0., # weight: codes of a class are near, in the order of their embeddings
+    likeness:float=0.1, # of that order: the smaller, the more it counts beside the class
     noise:float|None=None, # standard deviation of noise on standardised features; 0, or 0.3 with one sensor
-    published_sums:bool=False, # quantisation and balance as sums, to be weighted with 0.001 and 0.01
+    published_sums:bool=False, # quantisation, balance and zero-one as sums, to be weighted as published
     seed:int=0, # of first weights, order and noise
     device:str='cpu', # where to train
     progress:bool=True, # show a bar
@@ -135,7 +144,8 @@ def train_heads(
     "Train hash heads on frozen features."
     x = _check_features(features, device)
     weights = dict(contrastive=contrastive, similarity=similarity, quantisation=quantisation, balance=balance,
-                   decorrelation=decorrelation)
+                   decorrelation=decorrelation, zero_one=zero_one, supervised=supervised)
+    y = _check_labels(labels, weights, x)
     noise = (0. if len(x) > 1 else 0.3) if noise is None else noise
     n = len(next(iter(x.values())))
     rows = min(batch_size, n)
@@ -151,7 +161,8 @@ def train_heads(
         seen = []
         for ids in torch.randperm(n, generator=draw)[:n - n % rows].view(-1, rows).to(device):
             views, clean = _views(heads, {m: o[ids] for m, o in x.items()}, noise, draw)
-            terms = hashing_losses(views, clean, weights, temperature, published_sums)
+            terms = hashing_losses(views, clean, weights, temperature, published_sums,
+                                   None if y is None else y[ids], likeness)
             adam.zero_grad()
             terms['loss'].backward()
             adam.step()
@@ -173,6 +184,20 @@ def _check_features(features, device):
         if not torch.isfinite(o).all(): raise InputError(f"features of {m} hold NaN or infinity",
             found=f"row {o.isfinite().all(1).int().argmin().item()}", remedy="leave out such images")
     return x
+
+def _check_labels(labels, weights, x):
+    "Labels as a float32 tensor, where a term needs them."
+    asked, first = [k for k in ('zero_one', 'supervised') if weights[k]], next(iter(x.values()))
+    if not asked: return None
+    if labels is None: raise InputError(f"the term {asked[0]} needs labels", found="none",
+        wanted=f"zeros and ones, ({len(first)},L)", remedy="or give it the weight 0")
+    y = torch.as_tensor(np.asarray(labels), dtype=torch.float32).to(first.device)
+    if y.ndim != 2 or len(y) != len(first): raise InputError("labels and features do not belong together",
+        found=f"labels {tuple(y.shape)}", wanted=f"({len(first)},L)")
+    if len(y[y.sum(1) > 0].unique(dim=0)) < 2 and (y.shape[1] > 1 or len(y.unique()) < 2):
+        raise InputError("labels that are all alike teach nothing", found=f"{len(y)} images of one class",
+                         wanted="two classes", remedy="use the losses without labels")
+    return y
 
 def _fit_standardise(head, x):
     head.mean.copy_(x.mean(0))

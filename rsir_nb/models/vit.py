@@ -55,7 +55,7 @@ class MultiSensorViT(nn.Module):
         specific_depth:int=10, # blocks that each sensor has for itself
         shared_depth:int=2, # blocks that all sensors share
         mlp_ratio:float=4., # width of the inner layer of a block over the width
-        global_pool:str='avg', # 'avg' (mean of the tokens, layer norm) or 'token' (class token)
+        global_pool:str='avg', # 'avg' (mean of the tokens, layer norm), their 'max', or the class 'token'
         norm_eps:float=1e-6, # epsilon of the layer norms
     ):
         super().__init__()
@@ -90,7 +90,8 @@ class MultiSensorViT(nn.Module):
 
     def pool(self, tokens:Tensor) -> Tensor:
         "One vector an image, (B,D), from the tokens that `encode` gives."
-        return self.fc_norm(tokens[:, 1:].mean(1)) if self.global_pool == 'avg' else tokens[:, 0]
+        if self.global_pool == 'token': return tokens[:, 0]
+        return self.fc_norm(tokens[:, 1:].mean(1)) if self.global_pool == 'avg' else tokens[:, 1:].amax(1)
 
     def forward(self,
         x:Tensor, # normalised images of one sensor, (B,C,H,W)
@@ -105,7 +106,8 @@ def _check_sizes(in_chans, img_size, patch_size, global_pool):
     if img_size % patch_size:
         raise InputError("tokens do not fill the image", wanted="a patch_size that divides img_size",
                          found=f"img_size {img_size}, patch_size {patch_size}")
-    if global_pool not in ('avg', 'token'): raise unknown_name('global_pool', global_pool, ('avg', 'token'))
+    pools = 'avg', 'max', 'token'
+    if global_pool not in pools: raise unknown_name('global_pool', global_pool, pools)
 
 def _check_images(x, modality, in_chans, img_size):
     if modality not in in_chans: raise unknown_name('sensor of this model', modality, in_chans)
