@@ -16,6 +16,7 @@ from rsir_nb.core import DATASETS, METHODS, InputError, fill_registries
 from rsir_nb.data.layouts import write_v1_lmdb, write_v1_tiff, write_v2_lmdb, write_v2_tiff
 from rsir_nb.data.store import write_store
 from rsir_nb.data.synthetic import SyntheticArchive, write_scene
+from rsir_nb.data.vessels import write_vessels
 from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
 
 fill_registries()
@@ -86,7 +87,7 @@ def joined(home): return dict(parts=[dict(name="synthetic", seed=k, **PAIRS) for
 
 MAKERS = dict(ben_v1_lmdb=v1_lmdb, ben_v1_tiff=v1_tiff, ben_v2_lmdb=v2_lmdb, ben_v2_tiff=v2_tiff, store=store,
               class_folders=class_folders, paired_folders=paired_folders, scenes=scenes, features=features, joined=joined,
-              synthetic=lambda home: dict(PAIRS))
+              synthetic=lambda home: dict(PAIRS), vessels=lambda home: dict(root=write_vessels(home, img_size=64)))
 
 TRANSFORMER = dict(embed_dim=16, num_heads=2)
 MAE = dict(TRANSFORMER, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, specific_depth=1, shared_depth=1)
@@ -101,7 +102,7 @@ def fits(archive, method):
     "Why a method cannot work on an archive; nothing if it can."
     units, n = {o.unit for o in archive.sensors.values()}, len(archive.sensors)
     if method == "duch": return None if units == {"feature"} else "learns on features, or on a run's embeddings"
-    if units == {"feature"}: return "vectors are no images"
+    if units == {"feature"}: return None if method == "band_quantiles" else "vectors are no images"
     if method in ("duch_pairs", "band_cca") and n < 2: return "wants two sensors"
     return None
 

@@ -11,44 +11,17 @@ from typing import Literal, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError
 from .base import Archive, Vocab
-from .checks import check_patch, to_grid
-from .rasters import (SkipList, choose_bands, date_in_name, fill_nodata, find_files,
-                                  footprints, nodata_mask, raster_info, read_raster, reading_options,
-                                  scaling_of, to_unit)
+from .images import ImageFiles
+from .rasters import SkipList, date_in_name, find_files, footprints
 from ..sensors import Sensor, get_sensor
 
 # %% ../../nbs/17_data.folders.ipynb #1d5f4724
 _IMAGES = '.jpg', '.jpeg', '.png', '.tif', '.tiff'
-
-class _Files:
-    "How the files of one sensor are looked at and read."
-    def __init__(self, sensor, bands, scale, offset, img_size):
-        self.sensor, self.bands, self.img_size = get_sensor(sensor), bands, img_size
-        self.scaling = scale, offset
-        self.reading = reading_options(bands=bands, scale=scale, offset=offset)
-
-    def look(self, path, check=False):
-        "What the header says; with `check` the pixels are read too."
-        info = raster_info(path, alone=True)
-        choose_bands(info, self.sensor, self.bands)
-        scaling_of(info, *self.scaling, self.sensor)
-        if check: self.read(path)
-        return info
-
-    def read(self, path):
-        info = raster_info(path, alone=True)
-        raw = read_raster(path, choose_bands(info, self.sensor, self.bands), alone=True)
-        x = to_unit(raw, *scaling_of(info, *self.scaling, self.sensor))
-        if self.sensor.unit != 'byte': x = fill_nodata(x, nodata_mask(raw, info.nodata))
-        if self.img_size is not None: x = to_grid(x, self.img_size).numpy()
-        check_patch(x, self.sensor, str(path))
-        return torch.from_numpy(np.ascontiguousarray(x))
 
 # %% ../../nbs/17_data.folders.ipynb #e8259a01
 def _same_size(infos, img_size, skips):
@@ -101,7 +74,7 @@ class ClassFolders(Archive):
         check:bool=False, # read every image once in the beginning
         on_error:Literal['raise', 'skip']='skip', # 'skip' leaves bad images out, listed in `skipped`
     ):
-        self.files, skips = _Files(sensor, bands, scale, offset, img_size), SkipList(on_error)
+        self.files, skips = ImageFiles(sensor, bands, scale, offset, img_size), SkipList(on_error)
         paths = [p for p in find_files(root, _IMAGES) if classes is None or p.parent.name in classes]
         infos = {}
         for path in tqdm(paths, desc='images', disable=len(paths) < 10_000):
@@ -156,7 +129,7 @@ class PairedFolders(Archive):
     ):
         if not isinstance(sensors, Mapping): sensors = {get_sensor(o).name: o for o in sensors}
         homes, of = {m: Path(root, (folders or {}).get(m, m)) for m in sensors}, lambda o, m: (o or {}).get(m)
-        self.files = {m: _Files(o, of(bands, m), of(scale, m), of(offset, m), img_size)
+        self.files = {m: ImageFiles(o, of(bands, m), of(scale, m), of(offset, m), img_size)
                       for m, o in sensors.items()}
         skips = SkipList(on_error)
         self.infos = _pairs({m: self._look(m, homes[m], check, skips) for m in homes}, only_complete, skips)

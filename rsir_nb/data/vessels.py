@@ -22,10 +22,9 @@ from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, MissingFileError, make_rng, read_json, unknown_name, write_json
 from .base import Archive, Vocab, assign_splits
-from .checks import check_patch, to_grid
-from .rasters import (SkipList, choose_bands, date_in_name, fill_nodata, find_files, footprints,
-                                  nodata_mask, raster_info, read_raster, scaling_of, to_unit)
-from ..sensors import SENSORS, Sensor, get_sensor
+from .images import ImageFiles
+from .rasters import SkipList, date_in_name, find_files, footprints, raster_info
+from ..sensors import SENSORS, Sensor
 from ..show import show_patch
 
 # %% ../../nbs/15_data.vessels.ipynb #ves00007
@@ -172,30 +171,6 @@ def place_in_name(
     return tile[0] if tile else words[1] if words else None
 
 # %% ../../nbs/15_data.vessels.ipynb #ves00023
-class _Files:
-    "How the images are looked at and read."
-    def __init__(self, sensor, bands, scaling, img_size):
-        self.sensor, self.bands, self.scaling, self.img_size = sensor, bands, scaling, img_size
-
-    def channels(self, info):
-        return choose_bands(info, self.sensor, self.bands or (None if any(info.bands) else 'vessel'))
-
-    def look(self, path, check=False):
-        "What the header says; with `check` the pixels are read too."
-        info = raster_info(path, alone=True)
-        self.channels(info)
-        scaling_of(info, *self.scaling)
-        if check: self.read(path)
-        return info
-
-    def read(self, path):
-        info = raster_info(path, alone=True)
-        raw = read_raster(path, self.channels(info), alone=True)
-        x = fill_nodata(to_unit(raw, *scaling_of(info, *self.scaling)), nodata_mask(raw, info.nodata))
-        if self.img_size is not None: x = to_grid(x, self.img_size).numpy()
-        check_patch(x, self.sensor, str(path))
-        return torch.from_numpy(np.ascontiguousarray(x))
-
 def _must_be_known(name, paths, entries, named):
     "Raise if a patch has no image, no entry, or one that cannot be read."
     if name not in paths: raise MissingFileError(f"there is no image of {name}",
@@ -222,7 +197,7 @@ class VesselArchive(Archive):
         on_error:Literal['raise', 'skip']='skip', # 'skip' leaves bad patches out, listed in `skipped`
     ):
         root, skips, self.modality = Path(root), SkipList(on_error), modality
-        self.files = _Files(get_sensor(sensor), bands, (scale, offset), img_size)
+        self.files = ImageFiles(sensor, bands, scale, offset, img_size, unnamed='vessel')
         self.entries = read_annotations(root/ANNOTATIONS)
         zeros = set(read_name_list(root/ZEROS)) if (root/ZEROS).is_file() else set()
         lists = read_split_lists({k: root/o for k, o in (splits or {}).items()})
@@ -238,7 +213,7 @@ class VesselArchive(Archive):
         infos = _of_one_size(infos, img_size, skips)
         if not infos: raise InputError(f"{root} has no patch that can be used",
                                        found=skips.rows[0]['reason'] if skips.rows else None)
-        self.skipped = skips.table
+        self.skipped, self.reading = skips.table, {modality: self.files.reading}
         table = _table(infos, self.entries, lists, self.files.sensor)
         table['labels'], vocab = _classes(table, labels)
         super().__init__(table, {modality: self.files.sensor}, vocab)

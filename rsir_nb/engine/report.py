@@ -7,7 +7,7 @@ __all__ = ['SYSTEM_NAMES', 'against', 'verdict', 'margins_table', 'direction_gal
            'write_gallery']
 
 # %% ../../nbs/76_engine.report.ipynb #72170147
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Sequence
@@ -23,7 +23,8 @@ from ..core import InputError, atomic_path, check_arguments, make_rng, read_json
 from ..data.base import Archive
 from .encode import encode_run, skipped_patches
 from .evaluate import Evaluation, arrows, evaluate
-from .protocols import Direction, System, directions, rank_direction, store_labels
+from .protocols import (Direction, System, directions, group_parts, rank_direction,
+                                      store_labels)
 from .asking import filter_rows
 from .search import open_search
 from .train import build_archive, read_history
@@ -160,8 +161,8 @@ def direction_gallery(
     at = {int(row): i for i, row in enumerate(d.queries)}
     some = [at[q] for q in queries if q in at]
     own = None if d.own is None else d.own[some]
-    dists, ids = rank_direction(system, Direction(d.source, d.target, d.queries[some], d.items, own), hits)
-    for q, near, rows in zip(d.queries[some], dists, d.items[ids], strict=True):
+    few = replace(d, queries=d.queries[some], own=own, groups=d.groups and (d.groups[0][some], d.groups[1]))
+    for q, near, rows in _answers(system, few, hits):
         cards = [_card(archive, table, row, d.target, int(labels[q] @ labels[row].astype(int)), dist.item())
                  for row, dist in zip(rows, near, strict=True)]
         html += html_gallery(cards, f"{arrows(d.name)}: {table['id'].iloc[q]}", size=size, level=3,
@@ -180,6 +181,14 @@ def _spread(rows, n):
     "`n` of the rows, evenly spread."
     at = np.linspace(0, len(rows) - 1, min(n, len(rows)) + 2)[1:-1]
     return [int(rows[i]) for i in dict.fromkeys(at.astype(int).tolist())]
+
+def _answers(system, d, hits):
+    "Each query's row, and the distances and rows of its answers."
+    parts = []
+    for at, part in group_parts(d):
+        dists, ids = rank_direction(system, part, hits)
+        parts += zip(at, part.queries, dists, part.items[ids], strict=True)
+    return [o[1:] for o in sorted(parts, key=lambda o: o[0])]
 
 # %% ../../nbs/76_engine.report.ipynb #a9fa2304
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ def split_of(
     "A split of `archive`; the whole of it where no patch has one."
     if name is None: return archive
     if 'split' in archive.table and archive.table['split'].notna().any(): return archive.split(name)
+    if name != 'train': raise InputError(f"the archive has no splits, so there is no {name!r}",
+        remedy="give the archive splits, or set trainer.train_split=null to learn from all patches")
     log.info("the archive has no splits: all %d patches are taken as %r", len(archive), name)
     return archive
 
