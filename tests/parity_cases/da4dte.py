@@ -194,7 +194,7 @@ def vessel_full_recipe(case):
 def keys(case):
     for label in case.output_names():
         stored = case.output(label)
-        mine = describe(duch_parts(stored) if "duch" in label else known_parts(stored), stored)
+        mine = describe(known_parts(stored), stored)
         known = [e for e in stored if e["name"].removeprefix("backbone.").split(".")[0] != "zerone"]
         if known == stored and {e["dtype"] for e in stored} == {"float32"}: case.compare(label, mine)
         else: case.divergent(label, mine, [{**e, "dtype": "float32"} for e in known], "networks are float32 throughout, "
@@ -222,9 +222,12 @@ def known_parts(stored):
     tensors = {e["name"]: torch.empty(e["shape"], device="meta") for e in stored}
     layout = recognise(tensors)
     modalities = tuple(LAYOUTS[layout].sensors)
-    config = infer_config(from_published_names(tensors), modalities)
+    own = LAYOUTS[layout]
+    config = (own.infer or infer_config)(from_published_names(tensors), modalities, None, None)
     size = config["backbone"]
     with torch.device("meta"):
+        if own.parts: return to_published_names(
+            {f"{p}.{k}": v for p, o in own.parts(config).items() for k, v in facts(o).items()}, modalities, layout)
         vit = MultiSensorViT(**size)
         parts = dict(backbone=vit)
         if config["decoder"]: parts["decoder"] = CrossSensorDecoder(
@@ -234,24 +237,3 @@ def known_parts(stored):
     found = {f"{p}.{k}": v for p, o in parts.items() for k, v in facts(o).items()}
     found = {k: v for k, v in found.items() if not (k.startswith("heads.") and k.split(".")[-1] in ("mean", "std"))}
     return to_published_names(found, modalities, layout)
-
-
-def duch_parts(stored):
-    "Two encoders of one sensor each, with a common position table that is trained, and a head of three layers."
-    shapes = {e["name"].removeprefix("backbone."): e["shape"] for e in stored}
-    parts = {}
-    for tail in "_s2", "":
-        width, chans, patch, _ = shapes[f"patch_embed{tail}.proj.weight"]
-        depth = len({k.split(".")[1] for k in shapes if k.startswith(f"blocks{tail}.")})
-        side = patch * round((shapes["pos_embed"][1] - 1) ** 0.5)
-        with torch.device("meta"):
-            vit = MultiSensorViT({VESSEL: chans}, side, patch, width, 1, specific_depth=0, shared_depth=depth,
-                                 global_pool="avg" if "fc_norm.weight" in shapes else "token")
-        vit.pos_embed.requires_grad_()
-        named = to_published_names({f"backbone.{k}": v for k, v in facts(vit).items()}, layout="cmmae_vessel")
-        own = r"backbone\.(patch_embed|cls_token|blocks|norm)\b"
-        parts |= {re.sub(own, lambda o, tail=tail: o[0] + tail, k): v for k, v in named.items()}
-    layers = [(0, width), (2, width), (4, shapes["g.4.weight"][0])]
-    for i, n in layers: parts |= {f"backbone.g.{i}.{k}": v for k, v in
-                                  facts(torch.nn.Linear(width, n, device="meta")).items()}
-    return parts
