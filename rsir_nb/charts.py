@@ -126,7 +126,7 @@ def show_bars(
         look = dict(color=_SERIES[i % 6], hatch=_HATCHES[i % 6], edgecolor='white', linewidth=0)
         ax.bar(at, y, 0.77/n, label=name, **look)
         if errors is not None: ax.errorbar(at, y, around, fmt='none', ecolor=_INK, elinewidth=1, capsize=2)
-        for o in zip(at, y, y.clip(0) + around, strict=True): _number(ax, *o, digits)
+        for o in zip(at, y, y + around.where(y >= 0, -around), strict=True): _number(ax, *o, digits)
     ax.set_xticks(x, [textwrap.fill(str(o), 16) for o in table.index])
     if not ylim: ax.margins(y=0.2)
     _frame(ax, title, '', ylabel, ylim)
@@ -135,10 +135,11 @@ def show_bars(
     return ax
 
 # %% ../nbs/02b_charts.ipynb #5e8fbdf8
-def _number(ax, at, value, top, digits):
-    "A bar's value, above its bar and interval."
+def _number(ax, at, value, end, digits):
+    "A bar's value, beyond its bar and interval."
     if np.isfinite(value):
-        ax.annotate(f"{value:.{digits}f}", (at, top), (0, 2), textcoords='offset points', fontsize=6,
+        shift = 2 if value >= 0 else -8
+        ax.annotate(f"{value:.{digits}f}", (at, end), (0, shift), textcoords='offset points', fontsize=6,
                     color=_INK, ha='center')
 
 def _bar_table(values):

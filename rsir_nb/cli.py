@@ -24,9 +24,9 @@ from .engine.report import write_gallery, write_report
 from .engine.search import open_search
 from .engine.stages import archive_picture, demo, index_run
 from .engine.train import build_archive, pretrain
-from .options import (ConfigName, DryRun, FileBands, FileFit, LabelFilter, Overrides, Overwrite,
-                             ProtocolName, RowFilter, RunFolder, SourceSensor, TargetSensor, changes_of,
-                             file_options, is_run, run_config, shown)
+from .options import (ConfigName, DryRun, FileBands, FileFit, FileOffset, FileScale, LabelFilter,
+                             Overrides, Overwrite, ProtocolName, RowFilter, RunFolder, SourceSensor,
+                             TargetSensor, changes_of, file_options, is_run, run_config, shown)
 from .verbs import bench_app, config_app, data_app, weights_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
@@ -44,6 +44,7 @@ def main(
     debug = '--debug' in args
     if debug: args.remove('--debug')
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
+    logging.getLogger('rasterio').setLevel(logging.CRITICAL) # its errors become ours
     try: app(args=args, standalone_mode=False)
     except typer.Exit as e: return e.exit_code
     except (typer.Abort, KeyboardInterrupt): return _fail('stopped; the same command goes on from here', 130)
@@ -106,7 +107,7 @@ def hash_command(
     "Train hash heads on the frozen features of a run."
     cfg = run_config(run, overrides, 'hash')
     if shown(cfg.hash, dry_run): return
-    method = train_hash(run, overwrite=overwrite, **changes_of(overrides, 'hash'))
+    method = train_hash(run, overwrite=overwrite, **changes_of(cfg, overrides, 'hash'))
     print(f"{run}: codes of {method.heads.n_bits} bits")
     return method
 
@@ -121,7 +122,7 @@ def encode_command(
     "Encode a run's archive. Called again it goes on, or says that it is done."
     cfg = run_config(run, overrides, 'encode')
     if shown(cfg.encode, dry_run): return
-    store = encode_run(run, overwrite=overwrite, **changes_of(overrides, 'encode'))
+    store = encode_run(run, overwrite=overwrite, **changes_of(cfg, overrides, 'encode'))
     print(f"{store.path}: {len(store):,} patches, {', '.join(store.modalities)}, {store.n_bits or 'no'} bits")
     return store
 
@@ -155,6 +156,8 @@ def query_command(
     label:LabelFilter=None, # which
     bands:FileBands=None, # of a file
     fit:FileFit=None, # of a file
+    scale:FileScale=None, # of a file
+    offset:FileOffset=None, # of a file
     html:Annotated[Path, typer.Option(help="Write a gallery to this page.")]=None, # pictures
     geojson:Annotated[Path, typer.Option(help="Write the hits with their footprints.")]=None, # geometry
     parquet:Annotated[Path, typer.Option(help="Write the hits as GeoParquet.")]=None, # geometry
@@ -162,7 +165,7 @@ def query_command(
 ):
     "Find the patches most like one, across sensors if asked."
     archive = build_archive(load_run_config(run).data) if html else None
-    file = file_options(bands, fit)
+    file = file_options(bands, fit, scale, offset)
     found = open_search(run).query(query, source, target, k, where, label=label, file=file)
     print(found.to_text())
     if html: found.to_html(html, picture=archive_picture(archive))
@@ -182,7 +185,7 @@ def evaluate_command(
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
     cfg = run_config(run, changes, 'evaluate')
     if shown(cfg.evaluate, dry_run): return
-    found = evaluate(run, **changes_of(changes, 'evaluate'))
+    found = evaluate(run, **changes_of(cfg, changes, 'evaluate'))
     print(found.margins.to_string(index=False))
     return found
 
@@ -198,7 +201,7 @@ def report_command(
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
     cfg = run_config(run, changes, 'report', 'evaluate')
     if shown(OmegaConf.masked_copy(cfg, ['report', 'evaluate']), dry_run): return
-    evaluation, page = (changes_of(changes, o) for o in ('evaluate', 'report'))
+    evaluation, page = (changes_of(cfg, changes, o) for o in ('evaluate', 'report'))
     path = write_report(run, evaluate_changes=evaluation, **page)
     print(path)
     return path
@@ -215,12 +218,14 @@ def gallery_command(
     label:LabelFilter=None, # which
     bands:FileBands=None, # of files
     fit:FileFit=None, # of files
+    scale:FileScale=None, # of files
+    offset:FileOffset=None, # of files
     n:Annotated[int, typer.Option('--n', '-n', help="Queries to draw.")]=6, # how many
     seed:Annotated[int, typer.Option(help="Another seed draws other queries.")]=0, # of the draw
     html:Annotated[Path, typer.Option(help="The page; RUN/gallery.html by default.")]=None, # where to
 ):
     "Write a page of queries and their hits."
-    file = file_options(bands, fit)
+    file = file_options(bands, fit, scale, offset)
     path = write_gallery(run, queries, html, source, target, k, where, n, seed, label, file)
     print(path)
     return path

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ConfigName', 'RunFolder', 'Overrides', 'DryRun', 'Overwrite', 'SourceSensor', 'TargetSensor', 'RowFilter',
-           'LabelFilter', 'FileBands', 'FileFit', 'ProtocolName', 'shown', 'run_config', 'changes_of', 'is_run',
-           'file_options']
+           'LabelFilter', 'FileBands', 'FileFit', 'ProtocolName', 'FileScale', 'FileOffset', 'shown', 'run_config',
+           'changes_of', 'is_run', 'file_options']
 
 # %% ../nbs/90b_options.ipynb #8e8b5c7a
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from omegaconf import DictConfig, OmegaConf
 
-from .config import load_config, load_run_config
+from .config import list_configs, load_config, load_run_config, to_dict
 from .core import InputError, MissingFileError
 
 # %% ../nbs/90b_options.ipynb #3e3d61e0
@@ -30,6 +30,8 @@ LabelFilter  = Annotated[str, typer.Option(help="Only patches with this label.")
 FileBands    = Annotated[str, typer.Option(help="Names of the query file's bands: B04,B03,B02,B08.")]
 FileFit      = Annotated[str, typer.Option(help="A query file of another size: centre or resample.")]
 ProtocolName = Annotated[str, typer.Option(help="csmae, da4dte, leave_one_out, train_test, ...")]
+FileScale    = Annotated[str, typer.Option(help="To the unit: a factor, linear, amplitude or fraction.")]
+FileOffset   = Annotated[float, typer.Option(help="To the unit: added after --scale.")]
 
 # %% ../nbs/90b_options.ipynb #77be556a
 def shown(
@@ -57,11 +59,13 @@ def run_config(
 
 # %% ../nbs/90b_options.ipynb #a33d00be
 def changes_of(
+    cfg:DictConfig, # of `run_config`
     overrides:list[str], # 'key=value'
     group:str, # whose
-) -> dict: # key -> value
-    "The overrides of one group as arguments."
-    return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))).get(group, {})
+) -> dict: # key -> value; empty where nothing was changed
+    "A changed group as arguments."
+    changed = any(o.split('=')[0].split('.')[0] == group for o in overrides)
+    return to_dict(cfg[group]) if changed else {}
 
 # %% ../nbs/90b_options.ipynb #2c0acb54
 def is_run(
@@ -72,7 +76,9 @@ def is_run(
     if (path/'finished.json').is_file(): return True
     if (path/'config.yaml').is_file(): raise InputError(f"{config} is a run that is not trained to its end",
                                                        remedy=f"rsir pretrain {path/'config.yaml'}")
-    if path.suffix in ('.yaml', '.yml') or len(path.parts) == 1 and not path.is_dir(): return False
+    packaged = path.name in list_configs(path.parent if len(path.parts) > 1 else None)
+    if packaged or path.suffix in ('.yaml', '.yml'): return False
+    if len(path.parts) == 1 and not path.is_dir(): return False
     raise MissingFileError(f"{config} is no run's folder",
                            remedy="name one, or a config: `rsir list configs`")
 
@@ -80,7 +86,11 @@ def is_run(
 def file_options(
     bands:str|None, # names, separated by commas
     fit:str|None, # 'centre' or 'resample'
+    scale:str|None=None, # a factor, or 'linear', 'amplitude', 'fraction'
+    offset:float|None=None, # added after it
 ) -> dict: # as `Retriever.query` takes them
     "How a query file is read, as far as the command line says."
-    told = dict(bands=bands and bands.split(','), fit=fit)
-    return {k: v for k, v in told.items() if v}
+    try: scale = scale and float(scale)
+    except ValueError: pass
+    told = dict(bands=bands and bands.split(','), fit=fit, scale=scale, offset=offset)
+    return {k: v for k, v in told.items() if v is not None}

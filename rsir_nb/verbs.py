@@ -123,6 +123,9 @@ def weights_adopt_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Make a run of a checkpoint, to be hashed, indexed, searched and evaluated."
+    for o in overrides:
+        if o.split('=')[0].split('.')[0] == 'method': raise InputError(f"{o!r} cannot be chosen",
+            remedy="the method and its sizes are those of the checkpoint; leave it out")
     cfg = load_config('base', [*overrides] if any(o.startswith('out=') for o in overrides)
                       else [*overrides, f'out=runs/{path.stem}'])
     if shown(cfg, dry_run): return

@@ -19,6 +19,7 @@ SMALL = ["data.n_places=3", "data.patches_per_place=2", "data.img_size=30"]
     ("pretrain demo method.num_heads=0 data.n_places=3 data.patches_per_place=1 data.img_size=30", "num_heads"),
     ("pretrain demo trainer.batch_size=0", "trainer.batch_size"),
     ("pretrain demo trainer.accelerator=tpu data.n_places=3 data.patches_per_place=1", "this machine cannot train so"),
+    ("pretrain demo trainer.devices=9999 trainer.accelerator=cpu data.n_places=3 data.patches_per_place=1", "at most"),
     ("list metods", "methods"),
     ("data convert synthtic out.store", "synthetic"),
     ("data convert ben_v2_lmdb out.store data.path=nowhere data.metadata=nowhere.parquet", "nowhere"),
@@ -96,6 +97,15 @@ def test_the_installed_command_runs():
     ("index baseline data=scenes data.paths=off", "put quotes around"),
     ("index baseline data=scenes data.paths=5", "data.paths"),
     ("index runs/dmeo", "no run's folder"),
+    ("pretrain demo optim.betas=[1,2] --dry-run", "betas"),
+    ("pretrain demo optim.betas=[0.9] --dry-run", "betas"),
+    ("pretrain demo trainer.num_workers=-1 --dry-run", "num_workers"),
+    ("pretrain demo trainer.clip=-1 --dry-run", "trainer.clip"),
+    ("pretrain demo data.sensors=[] data.n_places=3", "archive is empty"),
+    ("pretrain demo method.patch_size=0 data.n_places=3 data.patches_per_place=1", "cannot be built so"),
+    ("pretrain demo method.mask_ratio=0 data.n_places=3 data.patches_per_place=1", "mask_ratio"),
+    ("pretrain vessels data.root=nowhere", "nowhere"),
+    ("bench methods bench/duch --out b data.n_places=3", "name bench/cmmae before it"),
     ("data table nowhere", "nowhere"),
 ])
 def test_what_cannot_be_is_told_before_anything_is_made(line, said, capsys, tmp_path, monkeypatch):
@@ -141,6 +151,23 @@ def test_index_hash_index(tiny_run, capsys):
     (tiny_run / "search" / "index" / "s1.index").write_bytes(b"cut")
     assert main(ask) == 2 and "--overwrite" in capsys.readouterr().err
     assert main(["index", str(tiny_run), "--overwrite"]) == 0 and main(ask) == 0
+
+
+def test_a_choice_of_hash_settings_is_what_is_trained(tiny_run):
+    from rsir_nb.core import read_json
+    line = ["hash", str(tiny_run), "hash=supervised", "hash.n_bits=8", "hash.min_steps=5", "hash.epochs=1", "--overwrite"]
+    assert main([*line, "--dry-run"]) == 0 and main(line) == 0
+    told = read_json(tiny_run / "hash" / "finished.json")
+    assert told["supervised"] == 1 and told["contrastive"] == 0 and told["n_bits"] == 8
+    assert main(["hash", str(tiny_run), "hash.device=cuda:77", "--overwrite"]) == 2
+
+
+def test_labels_of_the_queries_that_were_learned_from_are_told(tiny_run, capsys):
+    main(["hash", str(tiny_run), "hash=supervised", "hash.n_bits=8", "hash.min_steps=5", "hash.epochs=1", "--overwrite"])
+    fair = ["report", str(tiny_run), "evaluate.drawings=20", "evaluate.baselines=[random]"]
+    assert main(fair) == 0 and "Not a fair test" not in (tiny_run / "report.html").read_text()
+    assert main([*fair, "--protocol", "train_test"]) == 0
+    assert "labels of the queries were learned from" in (tiny_run / "report.html").read_text()
 
 
 def test_what_a_query_prints(tiny_run, capsys):

@@ -69,6 +69,9 @@ def test_the_command_line_of_weights(tmp_path, capsys, monkeypatch):
     assert main(f"weights adopt w.safetensors {small} --num-heads 2".split()) == 0 and (tmp_path/"runs/w").is_dir()
     assert main(f"weights adopt w.safetensors {small} --num-heads 2".split()) == 2
     assert "choose another" in capsys.readouterr().err
+    for wrong, said in dict([("method.embed_dim=5", "cannot be chosen"), ("data.img_size=60", "wanted 30x30")]).items():
+        assert main(f"weights adopt w.safetensors {small} {wrong} --num-heads 2 out=other".split()) == 2
+        assert said in capsys.readouterr().err and not (tmp_path/"other").exists()
     (tmp_path/"cut.ckpt").write_bytes((tmp_path/"w.ckpt").read_bytes()[:3000])
     (tmp_path/"evil.ckpt").write_bytes(pickle.dumps({"state_dict": print}))
     for bad in "cut.ckpt", "evil.ckpt", "none.ckpt":
@@ -145,6 +148,15 @@ def test_vessels(tmp_path):
     wanted = to_dict(load_config("cmmae_vessel", ["data=synthetic"]).method)
     assert {k: v for k, v in to_dict(cfg.method).items() if wanted[k] != v} == {}
     assert any("128 pixels" in o for o in notes) and any("momentum" in o for o in notes)
+
+
+def test_a_term_that_is_off_stays_off_and_other_datasets_are_refused(tmp_path):
+    cfg, notes = imported(tmp_path, method="cmmae_vessel", data__dataset="vessel", method_kwargs__supervised_loss=False,
+                          method_kwargs__supervised_loss_factor=1.0, data__split_dir="/splits")
+    assert cfg.method.supervised_weight == 0 and any("split_dir" in o for o in notes)
+    with pytest.raises(InputError, match="imagenet"): imported(tmp_path, "i", data__dataset="imagenet")
+    cfg, notes = imported(tmp_path, "duch", method="duch")
+    assert cfg.method.name == "duch_pairs" and any("12 blocks" in o for o in notes)
 
 
 def test_what_is_not_known_is_told_and_what_is_no_config_refused(tmp_path):

@@ -300,12 +300,12 @@ def test_read_patch_file(tmp_path):
 
 def test_a_file_of_another_scale_is_refused_unless_told_how_to_fit(tmp_path):
     path = write_tif(tmp_path/"a.tif", optical(height=240, width=240), RGBN)     # pixels of 10 m: 2400 m a side
-    known = {"size": 120, "fit": None, "ground": 1200.}
+    known = {"size": 120, "fit": None, "ground": (1200., 1200.)}
     with pytest.raises(InputError, match="found 240x240 pixels; wanted 120x120"):
         read_patch_file(path, "s2_rgbn", **known)
     assert np.array_equal(read_patch_file(path, "s2_rgbn", **{**known, "fit": "centre"}),
                           read_patch_file(path, "s2_rgbn")[:, 60:180, 60:180])
-    finer = read_patch_file(path, "s2_rgbn", size=120, fit=None, ground=2400.)   # the same ground in finer pixels
+    finer = read_patch_file(path, "s2_rgbn", size=120, fit=None, ground=(2300., 2400.))   # the same ground in finer pixels
     assert np.array_equal(finer, read_patch_file(path, "s2_rgbn", size=120))
     dot = write_tif(tmp_path/"dot.tif", optical(height=1, width=1), RGBN)
     with pytest.raises(InputError, match="found 1x1 pixels"): read_patch_file(dot, "s2_rgbn", **known)

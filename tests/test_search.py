@@ -61,7 +61,7 @@ def test_array_file_sample_and_id_find_the_same(tmp_path, retriever, archive):
     assert retriever.query(patch["s1"], target="s2", k=5).ids == by_id.ids
     assert retriever.query(patch["s1"].numpy(), target="s2", k=5).ids == by_id.ids
     assert retriever.query(patch, source="s1", target="s2", k=5).ids == by_id.ids
-    path, metres = tmp_path/"patch.tif", retriever.ask.ground / 30
+    path, metres = tmp_path/"patch.tif", retriever.ask.ground[1] / 30
     def write(pixel):
         corner = rasterio.transform.from_origin(500_000, 5_300_000, pixel, pixel)
         with rasterio.open(path, "w", driver="GTiff", width=30, height=30, count=2, dtype="float32",

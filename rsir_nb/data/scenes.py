@@ -224,10 +224,11 @@ def _fit(x, size, fit, name, side):
                      remedy=f"cut it, or fit it: {', '.join(ways)}" if ways else "cut a larger one")
 
 def _side(info, size, ground):
-    "How many pixels of a file cover `ground` metres; `size` where that is not known."
+    "How many pixels of a file cover as much ground as a patch; `size` where that is not known."
     if info is None or info.crs is None or ground is None: return size
     covered = ground_side(footprints(info.corners()[None], info.crs)[0])
-    return max(1, round(ground * (info.height*info.width)**0.5 / covered))
+    wanted = min(max(covered, ground[0]), ground[1])
+    return max(1, round(wanted * (info.height*info.width)**0.5 / covered))
 
 # %% ../../nbs/16_data.scenes.ipynb #c86dac39
 def read_patch_file(
@@ -240,7 +241,7 @@ def read_patch_file(
     nodata:float|None=None, # mark of missing pixels; the file's own by default
     max_nodata:float=0.5, # part that may be missing, 0..1
     fit:Literal['resample', 'centre']|None='resample', # how another size becomes `size`; None refuses it
-    ground:float|None=None, # metres a side of a patch, for files that know their place; `size` pixels if not
+    ground:tuple[float, float]|None=None, # metres a side of the smallest and largest patch, where known
 ) -> Tensor: # (C,H,W) float32, raw units
     "Read one image as a patch of `sensor`, checked."
     sensor = get_sensor(sensor)

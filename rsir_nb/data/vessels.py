@@ -179,6 +179,14 @@ def _must_be_known(name, paths, entries, named):
         wanted=f"an entry in {ANNOTATIONS}, an empty one if it has no vessel")
     vessel_boxes(name, entries[name])
 
+def _list_files(root, splits):
+    "The files of the splits' lists."
+    splits = splits or {}
+    if isinstance(splits, Mapping) and all(isinstance(o, (str, Path)) for o in splits.values()):
+        return {k: root/o for k, o in splits.items()}
+    raise InputError("the lists of the splits cannot be read so", found=splits, wanted="split -> JSON file",
+                     remedy="data.splits='{query: query.json, archive: archive.json}', with the spaces")
+
 # %% ../../nbs/15_data.vessels.ipynb #ves00024
 @DATASETS.register('vessels', paper='https://github.com/rsim-tu-berlin/DA4DTE')
 class VesselArchive(Archive):
@@ -200,7 +208,7 @@ class VesselArchive(Archive):
         self.files = ImageFiles(sensor, bands, scale, offset, img_size, unnamed='vessel')
         self.entries = read_annotations(root/ANNOTATIONS)
         zeros = set(read_name_list(root/ZEROS)) if (root/ZEROS).is_file() else set()
-        lists = read_split_lists({k: root/o for k, o in (splits or {}).items()})
+        lists = read_split_lists(_list_files(root, splits))
         paths = {p.stem: p for p in find_files(root/'tif', ('.tif', '.tiff'))}
         named = {**dict.fromkeys(self.entries, 'annotations'),
                  **{o: f'split {k}' for k, names in lists.items() for o in names}}

@@ -115,10 +115,11 @@ def _unknown_query(path, rows):
 
 # %% ../../nbs/72a_engine.asking.ipynb #e60ad3d3
 def _ground_of(self):
-    "Metres a side that a patch covers: the middle of a few footprints; None where there are none."
+    "Metres a side of the smallest and the largest patch among many; None where no place is known."
     if self._ground is False:
-        known = [o for o in self.store.table.get('geometry', pd.Series(dtype=object))[:64] if o is not None]
-        self._ground = float(np.median([ground_side(bytes(o)) for o in known])) if known else None
+        known = self.store.table.get('geometry', pd.Series(dtype=object)).dropna()
+        sides = [ground_side(bytes(o)) for o in known.iloc[::max(1, len(known)//256)]]
+        self._ground = (min(sides), max(sides)) if sides else None
     return self._ground
 
 Asker.ground = property(_ground_of)

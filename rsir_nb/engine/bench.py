@@ -53,7 +53,7 @@ def method_stores(
     stores = {0: encode_run(run, progress=progress)}
     for k in n_bits:
         fork = fork_run(run, home/f'{k:03}')
-        train_hash(fork, n_bits=k, progress=progress)
+        train_hash(fork, progress=progress, **{**to_dict(cfg.hash), 'n_bits': k})
         stores[k] = encode_run(fork, progress=progress)
     return stores
 
@@ -100,7 +100,8 @@ def bench_methods(
     bad = [k for k in n_bits if k < 8 or k % 8]
     if bad or not names or not n_bits: raise InputError("there is nothing to compare",
         found=f"methods {names}, bits {list(n_bits)}", wanted="at least one method, and multiples of 8")
-    cfgs, tables = {n: _config_of(c, n, out, overrides) for n, c in zip(names, configs, strict=True)}, []
+    pairs, tables = zip(names, configs, strict=True), []
+    cfgs = {n: _config_of(c, n, out, overrides, names) for n, c in pairs}
     for name, cfg in cfgs.items():
         log.info("%s", name)
         stores = method_stores(_on_store(cfg, out, progress), n_bits, progress)
@@ -112,12 +113,15 @@ def bench_methods(
     return table
 
 # %% ../../nbs/77a_engine.bench.ipynb #c3860e21
-def _config_of(config, name, out, overrides):
+def _config_of(config, name, out, overrides, names):
     "One method's config; a backbone that is another method of the same bench is that one's run."
     cfg = load_config(config, [*overrides, f'out={Path(out)/name}'])
     backbone = to_dict(cfg.method).get('backbone')
     if isinstance(backbone, str) and backbone.startswith('bench:'):
         home = Path(out)/backbone.removeprefix('bench:')/'float'
+        if not (home/'finished.json').is_file() and home.parent.name not in names[:names.index(name)]:
+            raise InputError(f"{name} learns on the network of {home.parent.name}, which is not there yet",
+                             remedy=f"name bench/{home.parent.name} before it")
         cfg = OmegaConf.merge(cfg, dict(method=dict(backbone=str(home.absolute()))))
     return cfg
 

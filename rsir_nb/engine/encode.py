@@ -23,7 +23,7 @@ from ..core import (InputError, RsirError, atomic_path, check_arguments, content
 from ..data.base import Archive, check_patch
 from .runs import folder_lock
 from .train import PRECISIONS, build_archive, load_method, run_weights
-from ..methods.base import Method
+from ..methods.base import Method, usable_device
 from ..retrieval.codes import CodeStore, binarise, pack_bits
 
 # %% ../../nbs/71_engine.encode.ipynb #9405a77c
@@ -180,7 +180,7 @@ def encode(
     part, home = path.with_name(path.name + '.part'), method.device
     if not path.exists():
         with folder_lock(part):
-            method.to(device or ('cuda' if torch.cuda.is_available() else home))
+            method.to(usable_device(device) if device else 'cuda' if torch.cuda.is_available() else home)
             try: _make_shards(method, archive, part, job, batch_size, num_workers, shard_size, progress)
             finally: method.to(home)
             if not path.exists(): _write_store(method, archive, path, part, job)

@@ -210,8 +210,24 @@ def evaluate(
     found = evaluate_store(store, o.protocol, cfg.method.name, systems, o.depth, o.drawings, o.metrics,
                            cfg.seed)
     found.about['job'] = job
+    found.about['warning'] = _saw_labels(run_dir, cfg, archive, get_protocol(o.protocol))
+    if found.about['warning']: log.warning("%s", found.about['warning'])
     found.save(folder)
     return found
+
+# %% ../../nbs/74a_engine.evaluate.ipynb #b04d47df
+def _saw_labels(run_dir, cfg, archive, protocol):
+    "A warning if labels of the queries were learned from; else nothing."
+    heads, method = run_dir/'hash'/'finished.json', to_dict(cfg.method)
+    told = read_json(heads) if heads.is_file() else {}
+    used = [k for k in ('zero_one', 'supervised') if told.get(k)]
+    used += ['supervised_weight'] if method.get('supervised_weight') else []
+    train = trainer_config(cfg).train_split
+    splits = archive.table.get('split')
+    whole = train is None or splits is None or splits.isna().all()
+    if not used or not (whole or train == protocol.query): return None
+    return (f"the labels of the queries were learned from ({', '.join(used)}, "
+            f"{'all patches' if whole else f'split {train!r}'}): these scores are too high")
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #fa2872c3
 @patch

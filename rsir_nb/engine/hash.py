@@ -16,7 +16,7 @@ from ..core import InputError, atomic_path, check_arguments, read_json, write_js
 from ..data.base import Archive
 from .encode import encode
 from .runs import folder_lock
-from .train import build_archive, split_of, trainer_config
+from .train import build_archive, run_weights, split_of, trainer_config
 from ..methods.base import Method
 from ..methods.hashing import train_heads
 from ..retrieval.codes import CodeStore
@@ -62,6 +62,7 @@ def train_hash(
     "Train hash heads on the frozen features of a run, or load those that are there."
     cfg, home = load_run_config(run_dir), Path(run_dir)/'hash'
     check_arguments(train_heads, changes, 'hash')
+    run_weights(run_dir) # says so where there is none
     method = Method.load(Path(run_dir)/'method')
     settings = {**to_dict(cfg.hash), **changes}
     _check_settings(settings)

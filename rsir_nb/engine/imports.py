@@ -115,7 +115,9 @@ def import_config(
     flat = _read_flat(path)
     made = Imported(dict(method=dict(name=_method_of(flat))))
     for key, value in flat.items(): _take(made, key, value)
-    if made.get('method.name') != 'csmae' and flat.get('method') == 'cmmae_vessel': _mend_vessel(made)
+    if flat.get('method_kwargs.supervised_loss') is False: made.set('method.supervised_weight', 0)
+    if flat.get('method') == 'cmmae_vessel': _mend_vessel(made)
+    if made.get('method.name') == 'duch_pairs': _mend_duch(made)
     _mend_depths(made, Path(path).stem)
     _mend_epochs(made)
     _choose_data(made, flat)
@@ -130,7 +132,7 @@ def _take(made, key, value):
     elif key == 'devices': made.set('trainer.devices', len(value) if isinstance(value, list) else value)
     elif key == 'precision':
         made.set('trainer.precision', {'16': '16-mixed', 'bf16': 'bf16-mixed'}.get(str(value), str(value)))
-    elif key in ('method', 'data.dataset', 'data.root_dir', 'data.split_dir', 'augmentations'): return
+    elif key in ('method', 'data.dataset', 'data.root_dir', 'data.split_dir'): return
     elif key in REASONS: made.note(f"left out: {key}, {REASONS[key]}")
     elif key not in TWINS: made.note(f"not known, left out: {key}={value}")
     elif _is_blank(value): made.note(f"left out: {key}, a placeholder")
@@ -166,10 +168,21 @@ def _mend_vessel(made):
     if made.get('method.supervised_weight'): made.set('method.supervised_classes', ['vessel'])
     made.note("said: one sensor, 12 blocks, absolute errors, as the published code has them fixed")
 
+def _mend_duch(made):
+    "Two encoders of one depth each; what belongs to masked autoencoders has no place."
+    depth = made.get('method.specific_depth')
+    kept = 'name', 'patch_size', 'embed_dim', 'num_heads', 'mlp_ratio', 'global_pool', 'temperature'
+    for k in [o for o in made.groups['method'] if o not in kept]:
+        made.note(f"left out: method.{k}={made.groups['method'].pop(k)}, not of DUCH")
+    if depth: made.note("the published code takes neither depth: it has 12 blocks for each sensor")
+
 # %% ../../nbs/79_engine.imports.ipynb #8005074a
 def _choose_data(made, flat):
     "The archive, with its paths where the file has them."
-    vessel = flat.get('data.dataset') == 'vessel'
+    dataset = flat.get('data.dataset', 'ben')
+    if dataset not in ('ben', 'vessel'):
+        raise InputError(f"the dataset {dataset!r} is not of these engines", wanted="ben or vessel")
+    vessel = dataset == 'vessel'
     made.set('method.norm', 'vessel' if vessel else 'ben_v1')
     data = dict(name='vessels' if vessel else 'ben_v1_lmdb')
     home, splits = flat.get('data.root_dir'), flat.get('data.split_dir')
@@ -177,6 +190,7 @@ def _choose_data(made, flat):
         data |= dict(root=home) if vessel else dict(path=str(Path(home)/'BigEarthNetEncoded.lmdb'))
     else: made.note("left out: data.root_dir, a placeholder; set RSIR_DATA, or data.root= or data.path=")
     if splits and not _is_blank(splits) and not vessel: data['split_dir'] = splits
+    elif splits: made.note("left out: data.split_dir; give the lists as data.splits= or data.split_dir=")
     made.groups['data'] = data
     crops = [o for o in flat.get('augmentations') or [] if isinstance(o, Mapping) and o.get('rrc')]
     if any(o['rrc'].get('enabled') for o in crops): made.note("not taken over: random resized crops")

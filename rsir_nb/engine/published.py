@@ -55,7 +55,9 @@ def adopt_weights(
 ) -> Path: # the run's folder, as after training
     "Make a run of a published checkpoint."
     run, method = Path(cfg.out), read_published(path, num_heads)
-    common_sensors(method, build_archive(cfg.data))
+    archive = build_archive(cfg.data)
+    common_sensors(method, archive)
+    _check_size(method, archive)
     with folder_lock(run):
         if (run/'config.yaml').is_file(): raise InputError(f"{run} holds a run already",
                                                            remedy="choose another `out`")
@@ -68,3 +70,12 @@ def adopt_weights(
         origin = dict(weights_hash=method.weights_hash, seconds=0, source=Path(path).name)
         write_json(run/'finished.json', origin)
     return run
+
+# %% ../../nbs/78_engine.published.ipynb #d024300e
+def _check_size(method, archive):
+    "Refuse an archive whose patches the network cannot take."
+    sides = {tuple(archive[0][m].shape[1:]) for m in archive.sensors if m in archive[0]}
+    side = method.img_size
+    if side and sides != {(side, side)}: raise InputError("the patches do not fit the network",
+        found=', '.join(f"{h}x{w} pixels" for h, w in sides), wanted=f"{side}x{side}",
+        remedy=f"data.img_size={side}, or `rsir data convert --size {side}`")

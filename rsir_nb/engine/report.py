@@ -83,7 +83,9 @@ def _answer(evaluation, store):
     m['half'] = (m.ci_high - m.ci_low)/2
     bars, half = (m.pivot(index='direction', columns='against', values=o)[m.against.unique()]
                   for o in ('difference', 'half'))
-    text = ("<h2>Does it beat the baselines?</h2>\n"
+    warning = evaluation.about.get('warning')
+    warning = f"<p><strong>Not a fair test:</strong> {escape(warning)}.</p>\n" if warning else ''
+    text = (f"<h2>Does it beat the baselines?</h2>\n{warning}"
             f"<p><strong>{first}</strong> Measured are {escape(what)}; the protocol is "
             f"{escape(str(evaluation.about['protocol']))}, and a margin counts where its whole "
             f"95 % interval lies above 0.</p>\n<ul>{''.join(f'<li>{o}</li>' for o in lines)}</ul>\n")

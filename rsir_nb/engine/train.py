@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'build_archive', 'build_method', 'TrainerConfig', 'trai
            'pretrain', 'make_trainer', 'first_pairs', 'read_history', 'load_method', 'run_weights']
 
 # %% ../../nbs/70a_engine.train.ipynb #5bf91ac6
-import io, logging, shutil, time, warnings
+import io, logging, os, shutil, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..config import group_kwargs, load_run_config, register_schema, save_config, to_dict
-from ..core import (DATASETS, METHODS, InputError, MissingFileError, declare_torchvision_ops,
+from ..core import (DATASETS, METHODS, InputError, MissingFileError, RsirError, declare_torchvision_ops,
                           legal_arguments, read_json, write_json)
 from ..data.base import Archive
 from ..data.module import ArchiveData
@@ -31,13 +31,25 @@ declare_torchvision_ops()
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+# %% ../../nbs/70a_engine.train.ipynb #64a2d372
+@contextmanager
+def _told(what, group):
+    "Errors that a builder did not foresee, as one about its arguments."
+    try: yield
+    except (RsirError, OSError): raise
+    except Exception as e:
+        why = ' '.join(str(e).split())[:160] or 'no reason given'
+        raise InputError(what, found=f"{type(e).__name__}: {why}", remedy="--debug shows where it fails",
+                         wanted=f"other values in the group {group!r}") from e
+
 # %% ../../nbs/70a_engine.train.ipynb #577db501
 def build_archive(
     data:DictConfig|dict, # the group `data` of a config: `name` and the arguments of that dataset
 ) -> Archive: # the archive
     "The archive that a config describes."
     name, kwargs = group_kwargs(data)
-    return DATASETS.create(name, **kwargs)
+    with _told(f"the archive {name!r} cannot be made so", 'data'):
+        return DATASETS.create(name, **kwargs)
 
 # %% ../../nbs/70a_engine.train.ipynb #1854b1c5
 def build_method(
@@ -51,12 +63,16 @@ def build_method(
                    optim=to_dict(cfg.optim))
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
-        return METHODS.create(name, **{**{k: v for k, v in derived.items() if k in legal}, **kwargs})
+        arguments = {**{k: v for k, v in derived.items() if k in legal}, **kwargs}
+        with _told(f"the method {name!r} cannot be built so", 'method'):
+            return METHODS.create(name, **arguments)
 
 # %% ../../nbs/70a_engine.train.ipynb #7b360ab2
 def _side(archive):
     "Pixels a side of the first patch; all patches of an archive are on one grid."
-    if not len(archive): raise InputError("the archive is empty", remedy="look at the config's group `data`")
+    if not len(archive) or not archive.sensors:
+        found = f"{len(archive)} patches, {len(archive.sensors)} sensors"
+        raise InputError("the archive is empty", found, remedy="look at the config's group `data`")
     patch = archive[0]
     return next(patch[m].shape[-1] for m in archive.sensors if m in patch)
 
@@ -85,9 +101,13 @@ class TrainerConfig:
             if str(getattr(self, key)) not in legal:
                 raise InputError(f"trainer.{key} is not known", found=repr(getattr(self, key)),
                                  wanted=' or '.join(legal))
-        for key in 'batch_size', 'accumulate', 'num_nodes':
-            if getattr(self, key) < 1: raise InputError(f"trainer.{key} is too small",
-                                                        found=getattr(self, key), wanted="1 or more")
+        least = dict(batch_size=1, accumulate=1, num_nodes=1, log_every=1, num_workers=0, pictures=0)
+        for key, lowest in least.items():
+            value = getattr(self, key)
+            if value < lowest: raise InputError(f"trainer.{key} is too small", found=value,
+                                                wanted=f"{lowest} or more")
+        if self.clip is not None and self.clip <= 0:
+            raise InputError("trainer.clip is too small", found=self.clip, wanted="above 0, or null for none")
 
 # %% ../../nbs/70a_engine.train.ipynb #5f27e7f5
 register_schema('trainer', TrainerConfig)
@@ -158,6 +178,14 @@ def _clear(run_dir):
         shutil.rmtree(run_dir/name, ignore_errors=True)
     for name in 'metrics.csv', 'finished.json', 'config.yaml': (run_dir/name).unlink(missing_ok=True)
 
+def _tell_later(cfg, run_dir):
+    "Say which settings of later stages differ; a finished run keeps its own."
+    old, new = (to_dict(o) for o in (load_run_config(run_dir), cfg))
+    late = 'hash', 'encode', 'evaluate', 'report'
+    changes = [k for g in late for k in config_changes(old[g], new[g], f'{g}.')]
+    if changes: log.warning("%s keeps its own %s; give changes to the verb that uses them", run_dir,
+                            ', '.join(changes))
+
 # %% ../../nbs/70a_engine.train.ipynb #7ec39094
 def pretrain(
     cfg:DictConfig, # a whole config, of `load_config`; `out` is the run's folder
@@ -171,6 +199,7 @@ def pretrain(
         _same_config(cfg, run_dir)
         if (run_dir/'finished.json').is_file():
             log.info("%s is done", run_dir)
+            _tell_later(cfg, run_dir)
             return run_dir
         archive, start = build_archive(cfg.data), time.time()
         method = build_method(cfg, archive)
@@ -210,6 +239,7 @@ def make_trainer(
     loggers:list=(), # Lightning loggers
 ) -> pl.Trainer: # ready to fit
     "A Lightning trainer with checkpoints that are checked and no output of its own."
+    _check_devices(o)
     machine = dict(accelerator=o.accelerator, devices=o.devices, strategy=o.strategy, num_nodes=o.num_nodes,
                    precision='32-true' if str(o.precision) == '32' else o.precision)
     course = dict(max_epochs=epochs, accumulate_grad_batches=o.accumulate, gradient_clip_val=o.clip,
@@ -237,6 +267,13 @@ def _quiet_lightning():
             yield
     finally:
         for o, level in zip(loggers, levels, strict=True): o.setLevel(level)
+
+def _check_devices(o):
+    "Refuse more processes on a CPU than it has cores."
+    on_cpu = o.accelerator == 'cpu' or o.accelerator == 'auto' and not torch.cuda.is_available()
+    if on_cpu and isinstance(o.devices, int) and o.devices > (os.cpu_count() or 1):
+        raise InputError("this machine cannot train so", found=f"trainer.devices={o.devices} on a CPU",
+                         wanted=f"at most {os.cpu_count()}")
 
 # %% ../../nbs/70a_engine.train.ipynb #4b66ad32
 def first_pairs(

@@ -21,7 +21,7 @@ from ..core import LOSSES, InputError
 from ..losses.contrastive import ntxent_loss, pairwise_mean, unit_vectors
 from ..losses.hashing import (bit_balance_loss, bit_decorrelation_loss, quantisation_loss,
                                     supervised_hash_loss, zero_one_loss)
-from .base import HEADS
+from .base import HEADS, usable_device
 
 # %% ../../nbs/55_methods.hashing.ipynb #1e62e650
 class HashHead(nn.Sequential):
@@ -142,7 +142,7 @@ def train_heads(
     progress:bool=True, # show a bar
 ) -> HashTraining: # heads in eval mode on the CPU, and the history
     "Train hash heads on frozen features."
-    x = _check_features(features, device)
+    x = _check_features(features, usable_device(device))
     weights = dict(contrastive=contrastive, similarity=similarity, quantisation=quantisation, balance=balance,
                    decorrelation=decorrelation, zero_one=zero_one, supervised=supervised)
     y = _check_labels(labels, weights, x)

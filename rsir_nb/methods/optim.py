@@ -28,6 +28,9 @@ class OptimConfig:
 
     def __post_init__(self):
         object.__setattr__(self, 'betas', tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= o < 1 for o in self.betas):
+            raise InputError("these are no betas of AdamW", found=list(self.betas),
+                             wanted="two numbers, 0 <= beta < 1")
         if self.schedule not in ('cosine', 'constant'):
             raise unknown_name('schedule', self.schedule, ('cosine', 'constant'))
         if not (self.lr > 0 and self.epochs >= 1 and self.warmup_epochs >= 0 and self.weight_decay >= 0):
