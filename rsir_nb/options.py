@@ -15,7 +15,7 @@ import typer
 from omegaconf import DictConfig, OmegaConf
 
 from .config import list_configs, load_config, load_run_config, to_dict
-from .core import InputError, MissingFileError
+from .core import InputError, MissingFileError, unknown_name
 
 # %% ../nbs/90b_options.ipynb #3e3d61e0
 ConfigName   = Annotated[str, typer.Argument(help="A packaged config (`rsir list configs`) or a YAML file.")]
@@ -90,7 +90,9 @@ def file_options(
     offset:float|None=None, # added after it
 ) -> dict: # as `Retriever.query` takes them
     "How a query file is read, as far as the command line says."
-    try: scale = scale and float(scale)
-    except ValueError: pass
+    named = 'linear', 'amplitude', 'fraction'
+    if scale is not None and scale not in named:
+        try: scale = float(scale)
+        except ValueError as e: raise unknown_name('scale (or number)', scale, named) from e
     told = dict(bands=bands and bands.split(','), fit=fit, scale=scale, offset=offset)
     return {k: v for k, v in told.items() if v is not None}

@@ -198,6 +198,8 @@ def test_a_failed_first_try_does_not_block_the_second(tmp_path, capsys, monkeypa
     assert main(["query", "../run", "../scenes/a.tif"]) == 2                         # another extent than a patch
     assert "wanted 120x120 pixels" in capsys.readouterr().err
     assert main(["query", "../run", "../scenes/a.tif", "--fit", "centre"]) == 0
+    assert main(["query", "../run", "../scenes/a.tif", "--fit", "centre", "--scale", "1", "--offset", "5"]) == 0
+    assert main(["query", "../run", "../scenes/a.tif", "--scale", "log"]) == 2
     (tmp_path / "run" / "config.yaml").write_text("")
     for verb in "report", "evaluate": assert main([verb, "../run"]) == 2
     assert "config.yaml" in capsys.readouterr().err

@@ -144,7 +144,7 @@ def bench_page(
     "The table for people, a part for each direction."
     parts = []
     for d, part in table.groupby('direction', sort=False):
-        rows = part.drop(columns='direction').set_index('method')
+        rows = part.drop(columns='direction').set_index('method').astype({'bytes': str})
         parts.append(html_table(rows, arrows(d), best='max' if len(part) > 1 else None))
     depth = f"mAP over at most {cfg.evaluate.depth:,} hits; protocol {cfg.evaluate.protocol}"
     lead = f"Archive {cfg.data.name}. {depth}."
