@@ -41,8 +41,10 @@ def typed_value(
 
 # %% ../nbs/00a_typed.ipynb #e9b1e973
 def _out_of_place(value, kinds):
-    "Whether `value` is a number or truth value where the builder wants neither."
-    if type(value) not in (bool, int, float) or kinds & {Any, object, inspect.Parameter.empty}: return False
+    "Whether `value` is a number, truth value or word where the builder wants none."
+    if kinds & {Any, object, inspect.Parameter.empty}: return False
+    if type(value) is str: return str not in kinds and Path not in kinds and bool(kinds & {list, tuple})
+    if type(value) not in (bool, int, float): return False
     return type(value) not in kinds and not (type(value) is int and float in kinds)
 
 # %% ../nbs/00a_typed.ipynb #0d0d55c4

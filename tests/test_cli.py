@@ -48,6 +48,8 @@ def test_convert_goes_on_and_verifies(tmp_path, capsys):
     call = ["data", "convert", "synthetic", store, *SMALL, "--size", "30"]
     assert main(call) == 0 and "6 patches written" in capsys.readouterr().out
     assert main(call) == 0 and "6 were there" in capsys.readouterr().out
+    assert main([*call, "data.seed=3"]) == 2 and "another archive" in capsys.readouterr().err
+    assert main([o.replace("n_places=3", "n_places=4") for o in call]) == 0     # the same world, one place more
     assert main(["data", "verify", store]) == 0
     assert main(["data", "info", store]) == 0 and "s1" in capsys.readouterr().out
 
@@ -105,6 +107,10 @@ def test_the_installed_command_runs():
     ("pretrain demo method.patch_size=0 data.n_places=3 data.patches_per_place=1", "cannot be built so"),
     ("pretrain demo method.mask_ratio=0 data.n_places=3 data.patches_per_place=1", "mask_ratio"),
     ("pretrain vessels data.root=nowhere", "nowhere"),
+    ("pretrain demo evaluate.metrics=map --dry-run", "wanted list"),
+    ("pretrain demo hash.noise=-1 --dry-run", "noise -1"),
+    ("pretrain demo data.nuisance=-1 data.n_places=3", "nuisance"),
+    ("pretrain demo method.specific_depth=-1 data.n_places=3 data.patches_per_place=1", "needs blocks"),
     ("bench methods bench/duch --out b data.n_places=3", "name bench/cmmae before it"),
     ("data table nowhere", "nowhere"),
 ])

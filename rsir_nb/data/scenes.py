@@ -167,6 +167,8 @@ class SceneArchive(Archive):
         crs:str|None=None, # for files without one: 'EPSG:32632', or 'unknown' to go without places
         on_error:Literal['raise', 'skip']='raise', # 'skip' leaves bad scenes out, listed in `skipped`
     ):
+        if not 0 <= max_nodata <= 1: raise InputError("no such part of a patch", wanted="0 to 1",
+                                                      found=f"max_nodata {max_nodata}")
         options = dict(img_size=img_size, stride=stride, partial=partial, max_nodata=max_nodata,
                        nodata=nodata, bands=bands, scale=scale, offset=offset, crs=crs)
         self.scenes, tables, skips = {}, [], SkipList(on_error)

@@ -188,6 +188,9 @@ def write_store(
                          reading=dict(archive.reading))
     rows, report = _to_arrow(archive.table, path), StoreReport(Path(path))
     with StoreWriter(path, header, rows.schema, overwrite) as writer:
+        others = writer.known.difference(archive.ids)
+        if others: raise InputError(f"{path} holds patches of another archive", found=f"{len(others):,} that "
+            f"this one has not, e.g. {min(others)}", remedy="choose another path, or overwrite=True")
         todo = [i for i, o in enumerate(archive.ids) if o not in writer.known]
         report.present = len(archive) - len(todo)
         bar = tqdm(todo, disable=not progress, total=len(archive), initial=report.present, unit=' patches')

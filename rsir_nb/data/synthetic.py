@@ -112,10 +112,11 @@ class SyntheticArchive(Archive):
         least:float=.15, # part of a patch that a class must cover to be a label, 0..1
         sensors:Sequence[str]|Mapping[str, str|Sensor]=('s1', 's2'), # by name, or modality -> sensor
     ):
-        if min(n_places, patches_per_place, img_size) < 1 or not 0 <= clouds <= 1:
+        if min(n_places, patches_per_place, img_size) < 1 or not 0 <= clouds <= 1 or nuisance < 0:
             raise InputError("there is no such archive",
-                             found=f"{n_places} places, {patches_per_place} patches a place, clouds {clouds}",
-                             wanted="at least one of each, and clouds from 0 to 1")
+                             found=f"{n_places} places, {patches_per_place} patches a place, "
+                                   f"clouds {clouds}, nuisance {nuisance}",
+                             wanted="at least one of each, clouds from 0 to 1, nuisance from 0")
         self.seed, self.img_size, self.nuisance = seed, img_size, nuisance
         self.per_place = patches_per_place
         table = pd.DataFrame([o for k in range(n_places)

@@ -100,6 +100,8 @@ def _check_settings(o):
     if o['n_bits'] % 8 or o['n_bits'] < 8:
         raise InputError("codes of this length cannot be packed into bytes", found=o['n_bits'],
                          wanted="a multiple of 8")
-    low = {k: o[k] for k in ('epochs', 'batch_size', 'lr', 'temperature') if not o[k] > 0}
+    if (o['noise'] or 0) < 0: raise InputError("hash heads cannot be trained so", found=f"noise {o['noise']}",
+                                               wanted="0 or more")
+    low = {k: o[k] for k in ('epochs', 'batch_size', 'lr', 'temperature', 'likeness') if not o[k] > 0}
     if low: raise InputError("hash heads cannot be trained so", wanted="numbers above 0",
                              found=', '.join(f'{k} {v}' for k, v in low.items()))

@@ -86,7 +86,8 @@ class CSMAE(Method):
         **kwargs, # further arguments of `Method`: optim, seed, band_orders, transpose
     ):
         super().__init__(sensors, img_size=img_size, norm=norm, **kwargs)
-        _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio)
+        depths = specific_depth, shared_depth
+        _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths)
         chans = {m: s.in_chans for m, s in self.sensors.items()}
         self.backbone = MultiSensorViT(chans, img_size, patch_size, embed_dim, num_heads, specific_depth,
                                        shared_depth, mlp_ratio, global_pool)
@@ -111,11 +112,13 @@ class CSMAE(Method):
         return self.embed_norms[modality](z) if self.embed_norms else z
 
 # %% ../../nbs/51_methods.csmae.ipynb #9b56a273
-def _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio):
+def _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths):
     for what, name, legal in (('masking strategy', masking, MASKINGS),
                               ('reconstruction strategy', reconstruction, RECONSTRUCTIONS),
                               ('embed_norm', embed_norm, (None, 'batch'))):
         if name not in legal: raise unknown_name(what, name, [o for o in legal if o])
+    if min(depths) < 0 or sum(depths) < 1: raise InputError("an encoder needs blocks", wanted="1 or more",
+        found="specific_depth {}, shared_depth {}".format(*depths))
     if not 0 < mask_ratio < 1: raise InputError("no such part of the tokens", wanted="above 0, below 1",
                                                 found=f"mask_ratio {mask_ratio}")
     if not 0 < decode_ratio <= 1:
