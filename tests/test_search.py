@@ -99,6 +99,14 @@ def test_filters(retriever, archive):
     with pytest.raises(UnknownNameError, match="did you mean"): retriever.query(name, where=["tiny_00"])
 
 
+def test_no_table_is_read_before_it_is_needed(run, retriever):
+    fresh = Retriever.load(retriever.path)
+    code = np.asarray(fresh.store.codes["s1"][:1])
+    fresh.search_codes(code, fresh.method.weights_hash, "s1", k=2)
+    assert fresh.store._table is None and "rows" not in vars(fresh.ask)
+    assert fresh.rows_where(label="lake").tolist() == [i for i, o in enumerate(fresh.table["labels"]) if "lake" in o]
+
+
 def test_short_and_empty_results_say_so(retriever, archive):
     few = retriever.query(archive.ids[0], target="s2", k=1000)
     assert len(few) == 48 and "48 of the 1000 asked for" in repr(few)

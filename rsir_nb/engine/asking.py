@@ -8,6 +8,7 @@ __all__ = ['Asked', 'Asker', 'filter_rows']
 # %% ../../nbs/72a_engine.asking.ipynb #f3f8d078
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ class Asker:
         method:Method, # encodes the queries; it made the codes too
         store:CodeStore, # the archive's codes, embeddings and table
     ):
-        self.method, self.store = method, store
-        self.rows = {o: i for i, o in enumerate(store.ids)}
-        self._ground = False
+        self.method, self.store, self._ground = method, store, False
+
+    @cached_property
+    def rows(self) -> dict[str, int]: return {o: i for i, o in enumerate(self.store.ids)}
 
     def __call__(self,
         query:Any, # a patch's id, an image file, an array or tensor (C,H,W) in raw units, or a sample
@@ -129,11 +131,12 @@ def filter_rows(
     table:pd.DataFrame, # the archive's table, with a column `id`
     where:Any=None, # bool mask (N,), ids, row numbers, or a pandas query over the table; None for all patches
     label:str|None=None, # a class that a patch must have
+    rows:Mapping[str, int]|None=None, # id -> row number, where that is at hand
 ) -> np.ndarray|None: # row numbers, rising; None for all
     "The rows of `table` that the filters let through."
     if label is not None:
-        rows, more = _rows_with(table, label), filter_rows(table, where)
-        return rows if more is None else np.intersect1d(rows, more)
+        those, more = _rows_with(table, label), filter_rows(table, where, rows=rows)
+        return those if more is None else np.intersect1d(those, more)
     if where is None: return None
     if isinstance(where, str): return _rows_queried(table, where)
     where = np.asarray(where)
@@ -141,7 +144,7 @@ def filter_rows(
         if where.shape == (len(table),): return np.flatnonzero(where)
         raise InputError("the mask does not fit the archive", found=where.shape, wanted=(len(table),))
     if where.size and where.dtype.kind in 'iu': return np.unique(where)
-    home = {o: i for i, o in enumerate(table['id'].astype(str))}
+    home = rows or {o: i for i, o in enumerate(table['id'].astype(str))}
     for o in where.tolist():
         if o not in home: raise unknown_name('patch', o, home)
     return np.unique([home[o] for o in where.tolist()]).astype(np.int64)

@@ -25,7 +25,6 @@ from .encode import encode_run, skipped_patches
 from .evaluate import Evaluation, arrows, evaluate
 from .protocols import (Direction, System, directions, group_parts, rank_direction,
                                       store_labels)
-from .asking import filter_rows
 from .search import open_search
 from .train import build_archive, read_history
 from ..html import Card, html_gallery, html_img, html_page, html_table
@@ -289,7 +288,7 @@ def _drawn(search, source, where, label, n, seed):
     sensors = search.store.modalities
     if n < 1: raise InputError("no query is asked for", found=f"n={n}", wanted="1 or more")
     if source not in (None, *sensors): raise unknown_name('sensor', source, sensors)
-    rows, seen = filter_rows(search.table, where, label), search.store.present(source or sensors[0])
+    rows, seen = search.rows_where(where, label), search.store.present(source or sensors[0])
     rows = np.flatnonzero(seen) if rows is None else rows[seen[rows]]
     if not len(rows): raise InputError("no patch can be drawn as a query",
         found=f"where={where!r}, source={source or sensors[0]}", remedy="choose another filter or sensor")

@@ -118,6 +118,17 @@ def save(self:Retriever,
     with atomic_path(path) as part: shutil.copytree(self.path, part)
     return Path(path)
 
+# %% ../../nbs/73_engine.search.ipynb #dc428183
+@patch
+def rows_where(self:Retriever,
+    where:Any=None, # bool mask (N,), ids, row numbers, or a pandas query over the table; None for all
+    label:str|None=None, # a class that a patch must have
+) -> np.ndarray|None: # row numbers, rising; None for all
+    "The rows of the table that the filters let through."
+    if where is None and label is None: return None
+    by_id = where is not None and not isinstance(where, str)
+    return filter_rows(self.table, where, label, self.ask.rows if by_id else None)
+
 # %% ../../nbs/73_engine.search.ipynb #051f0b6e
 @patch
 def query(self:Retriever,
@@ -133,7 +144,7 @@ def query(self:Retriever,
     "The patches most like `query`; a patch is not its own answer, but another sensor's image of it may be."
     asked = self.ask(query, source, file)
     target, by = target or asked.source, by or ('codes' if self.indexes else 'embeddings')
-    index, rows = _index(self, target, by), filter_rows(self.table, where, label)
+    index, rows = _index(self, target, by), self.rows_where(where, label)
     own = asked.row if target == asked.source else None
     dists, ids = index.search(_comparable(asked, by), k + (own is not None and k > 0), rows)
     dists, ids = dists[0], ids[0]
@@ -195,7 +206,7 @@ def search_codes(self:Retriever,
 ) -> tuple[np.ndarray, np.ndarray]: # distances int32 and rows int64, (Q,k'), k' = min(k, patches that match)
     "Search with codes made elsewhere."
     self.store.require(weights_hash=weights_hash, modality=target)
-    return self.indexes[target].search(xq, k, filter_rows(self.table, where))
+    return self.indexes[target].search(xq, k, self.rows_where(where))
 
 # %% ../../nbs/73_engine.search.ipynb #b392cb4f
 def rocchio(
@@ -238,12 +249,12 @@ def feedback(self:Retriever,
     target = target or asked.source
     _index(self, target, 'codes')
     codes = self.store.codes[target]
-    good, bad = (filter_rows(self.table, list(o)) for o in (positive, negative))
+    good, bad = (self.rows_where(list(o)) for o in (positive, negative))
     prototype = rocchio(_comparable(asked, 'codes'), codes[good], codes[bad])
     left = self.store.present(target).copy()
     left[bad] = False
     if target == asked.source and asked.row is not None: left[asked.row] = False
-    rows, wanted = np.flatnonzero(left), filter_rows(self.table, where)
+    rows, wanted = np.flatnonzero(left), self.rows_where(where)
     if wanted is not None: rows = np.intersect1d(rows, wanted)
     dists = weighted_distances(prototype, codes[rows] if len(rows) < len(codes) else codes)
     best = np.argsort(dists, kind='stable')[:k]
