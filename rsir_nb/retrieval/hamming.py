@@ -84,7 +84,8 @@ def _nearest(self:HammingIndex, xq, k, rows):
             return scan(words, lo, hi, queries, self.n_bits, k, guess, allowed, *out)
         some = xq[slice(*group)]
         held = ask(some, not allowed.size and worth_guessing(hi - lo, k), *found)
-        if len(short := np.flatnonzero(held < size)):
+        if held.min() < size:
+            short = np.flatnonzero(held < size)
             again = [o[short] for o in found]
             ask(some[short], False, *again)
             for o, new in zip(found, again, strict=True): o[short] = new

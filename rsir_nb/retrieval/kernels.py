@@ -255,10 +255,17 @@ def run_tasks(
     threads:int, # at once
 ) -> list: # of their results
     "Call functions on threads."
-    if threads == 1 or len(tasks) == 1: return [task() for task in tasks]
-    key = os.getpid(), threads
-    if key not in _pools: _pools[key] = ThreadPoolExecutor(threads)
-    return list(_pools[key].map(lambda task: task(), tasks))
+    left, results = iter(enumerate(tasks)), [None]*len(tasks)
+    def work():
+        for i, task in left: results[i] = task()
+    helpers = min(threads, len(tasks)) - 1
+    if helpers > 0:
+        key = os.getpid(), threads
+        if key not in _pools: _pools[key] = ThreadPoolExecutor(threads)
+        others = [_pools[key].submit(work) for _ in range(helpers)]
+    work()
+    for o in others if helpers > 0 else (): o.result()
+    return results
 
 def share_out(
     n_queries:int, # queries
@@ -268,8 +275,8 @@ def share_out(
 ) -> tuple[list, list]: # groups of queries and pieces of the archive, each as (first, stop)
     "How a search is cut into tasks."
     n_blocks = -(-n//BLOCK)
-    pieces = 1 if n_queries >= 4*threads else max(1, min(threads, n_blocks//4))
+    pieces = 1 if n_queries >= 4*threads else max(1, min(threads, n_blocks//32))
     step = max(1, min(64, largest, -(-n_queries*pieces//threads)))
-    cuts = (np.linspace(0, n_blocks, pieces + 1).astype(int)*BLOCK).clip(max=n).tolist()
+    cuts = [min(n, n_blocks*i//pieces*BLOCK) for i in range(pieces + 1)]
     groups = [(q, min(q + step, n_queries)) for q in range(0, n_queries, step)]
     return groups, list(zip(cuts[:-1], cuts[1:], strict=True))
