@@ -362,3 +362,19 @@ def test_any_archive(n, n_bytes, k, high, seed, threads):
     codes, xq = (rng.integers(0, high, (m, n_bytes), dtype=np.uint8) for m in (n, 4))
     found = filled(codes, threads=threads).search(xq, k)
     np.testing.assert_array_equal(found, brute_force(xq, codes, k))
+
+
+@pytest.mark.parametrize("ids", ["default", "rising", "shuffled"])
+def test_ids_are_found_whether_they_rise_or_not(tmp_path, ids):
+    codes, rng = random_codes(3000, 64), np.random.default_rng(2)
+    own = dict(default=None, rising=np.arange(3000)*3 + 5, shuffled=rng.permutation(9000)[:3000])[ids]
+    ix = HammingIndex(64)
+    for i in range(0, 3000, 700): ix.add(codes[i:i+700], None if own is None else own[i:i+700])
+    for ix in ix, HammingIndex.load(ix.save(tmp_path/"codes.index")):
+        for n in 3, 2500:
+            chosen = np.concatenate([rng.choice(ix.ids, n, replace=False), [10**9, 10**12]])
+            rows = np.flatnonzero(np.isin(ix.ids, chosen))
+            dists, found = ix.search(codes[:4], 20, where=chosen)
+            wanted = brute_force(codes[:4], codes, 20, rows)
+            np.testing.assert_array_equal(found, ix.ids[wanted[1]])
+            np.testing.assert_array_equal(dists, wanted[0])

@@ -64,7 +64,8 @@ def _source(self:HammingIndex, rows):
         put_words(blocks, 0, get_words(self._blocks, origin))
     elif rows is not None:
         mask = np.zeros(-(-n//64)*64, dtype=bool)
-        mask[:n][rows] = True
+        if rows.dtype == bool: mask[:n] = rows
+        else: mask[rows] = True
         allowed = np.packbits(mask, bitorder='little').view('<u8')
     words = blocks.reshape(-1)
     words.flags.writeable = False

@@ -22,7 +22,7 @@ class Index:
     kind, dist_type = 'index', np.float32
 
     def __init__(self):
-        self._n, self._next = 0, 0
+        self._n, self._next, self._rising = 0, 0, True
         self._ids = np.empty(0, dtype=np.int64)
 
     def __len__(self): return self._n
@@ -42,6 +42,7 @@ class Index:
         self._append(x)
         self._ids = grown(self._ids, self._n, self._n + len(x))
         self._ids[self._n:self._n + len(x)] = ids
+        self._rising &= bool((np.diff(self._ids[max(0, self._n - 1):self._n + len(x)]) > 0).all())
         self._n += len(x)
         if len(ids): self._next = max(self._next, int(ids.max()) + 1)
         return ids
@@ -134,7 +135,7 @@ def _new_ids(self:Index, ids, n):
 
 @patch
 def _rows(self:Index, where):
-    "What the filter allows: a mask, or None for all."
+    "What the filter allows: a mask, rising positions, or None for all."
     if where is None: return None
     where = np.asarray(where)
     if where.dtype == bool:
@@ -145,7 +146,12 @@ def _rows(self:Index, where):
     if len(chosen) == self._n > 2 and chosen.max() <= 1:
         raise InputError("this filter is a mask of zeros and ones", found=where.dtype, wanted="bool",
                          remedy="write mask.astype(bool); whole numbers are taken as ids")
-    return np.isin(self.ids, chosen)
+    if not self._rising or len(chosen)*8 > self._n: return np.isin(self.ids, chosen)
+    chosen = np.unique(chosen)
+    at = np.searchsorted(self.ids, chosen)
+    there = at < self._n
+    there[there] = self.ids[at[there]] == chosen[there]
+    return at[there]
 
 # %% ../../nbs/40a_retrieval.index.ipynb #cc4b7aeb
 def as_positions(
@@ -260,7 +266,8 @@ def save(self:Index,
 ) -> Path: # `path`
     "Write the index into one file, atomically."
     meta, arrays = self._state()
-    return save_arrays(path, self.kind, dict(meta, n=self._n, next=self._next), dict(arrays, ids=self.ids))
+    return save_arrays(path, self.kind, dict(meta, n=self._n, next=self._next, rising=self._rising),
+                       dict(arrays, ids=self.ids))
 
 @patch(cls_method=True)
 def load(cls:Index,
@@ -270,7 +277,8 @@ def load(cls:Index,
 ) -> Index: # of the class it is called on
     "Open a saved index; what is added later stays in memory and never changes the file."
     meta, arrays = load_arrays(path, cls.kind, mmap, verify)
-    self = cls(**{k: v for k, v in meta.items() if k not in ('n', 'next')})
+    self = cls(**{k: v for k, v in meta.items() if k not in ('n', 'next', 'rising')})
     self._n, self._next, self._ids = meta['n'], meta['next'], arrays.pop('ids')
+    self._rising = meta.get('rising', False)
     self._restore(meta, arrays)
     return self
