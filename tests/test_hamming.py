@@ -370,7 +370,7 @@ def test_ids_are_found_whether_they_rise_or_not(tmp_path, ids):
     own = dict(default=None, rising=np.arange(3000)*3 + 5, shuffled=rng.permutation(9000)[:3000])[ids]
     ix = HammingIndex(64)
     for i in range(0, 3000, 700): ix.add(codes[i:i+700], None if own is None else own[i:i+700])
-    for ix in ix, HammingIndex.load(ix.save(tmp_path/"codes.index")):
+    for ix in (ix, HammingIndex.load(ix.save(tmp_path/"codes.index"))):  # noqa: B020
         for n in 3, 2500:
             chosen = np.concatenate([rng.choice(ix.ids, n, replace=False), [10**9, 10**12]])
             rows = np.flatnonzero(np.isin(ix.ids, chosen))
