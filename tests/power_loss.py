@@ -93,8 +93,13 @@ class Disk:
             for name, call in self.real.items(): setattr(os, name, call)
             for module in self.modules: del module.open
 
-    def restart(self, power_lost):
+    def moment(self):
+        "What was done and what was flushed until now, to `restart` from more than once."
+        return self.files, self.flushed, self.flushed_names, self.changes
+
+    def restart(self, power_lost, moment=None):
         "Leave in the folder what is found afterwards."
+        self.files, self.flushed, self.flushed_names, self.changes = moment or self.moment()
         names = dict(self.flushed_names)
         happened = int(self.rng.integers(len(self.changes) + 1)) if power_lost else len(self.changes)
         for change in self.changes[:happened]: change(names)

@@ -603,12 +603,13 @@ def test_killed_at_every_file_operation(tmp_path, group):
     assert final.holds(LiveIndex.open(disk.folder)) and total > (60 if group else 100)
     outcomes = set()
     for fatal in range(total):
-        for power_lost, seed in (False, 0), (True, fatal), (True, 1000 + fatal):
-            disk, seen = fresh(tmp_path/"a"), [Model(8)]
-            with disk.on():
-                disk.arm(fatal, seed)
-                with pytest.raises(Killed): run(disk, changes, Model(8), seen)
-                disk.restart(power_lost)
+        disk, seen = fresh(tmp_path/"a"), [Model(8)]
+        with disk.on():
+            disk.arm(fatal, fatal)
+            with pytest.raises(Killed): run(disk, changes, Model(8), seen)
+            moment = disk.moment()
+            for power_lost in False, True, True:
+                disk.restart(power_lost, moment)
                 ix = LiveIndex.open(disk.folder, verify=True)
                 fits = [o.holds(ix) for o in seen]
                 assert any(fits), (fatal, power_lost, ix.ids, [o.ids for o in seen])
@@ -621,6 +622,32 @@ def test_killed_at_every_file_operation(tmp_path, group):
                 named = {o["file"] for o in segment_files._notes(read_manifest(disk.folder))}
                 assert {o.name for o in disk.folder.iterdir()} == {".lock", "manifest", *named}
     assert outcomes == {(False, 0), (False, 1), (True, 0), (True, 1)}
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_killed_while_it_is_made(tmp_path, adopted):
+    "There is no index, and it can be made again, or there is a whole one."
+    codes, old = random_codes(50, 8), HammingIndex(8)
+    old.add(codes)
+    source = dict(from_index=old.save(tmp_path/"old.index")) if adopted else dict(n_bits=8)
+    wanted, outcomes = list(range(50)) if adopted else [], set()
+    for fatal in range(30):
+        for power_lost in False, True:
+            shutil.rmtree(tmp_path/"a", ignore_errors=True)
+            (tmp_path/"a").mkdir()
+            disk = Disk(tmp_path/"a", [index_files, segment_files, shutil])
+            with disk.on():
+                disk.arm(fatal, fatal)
+                try: LiveIndex.create(tmp_path/"a", **source)
+                except Killed: killed = True
+                else: killed = False
+                disk.dead = True
+                disk.restart(power_lost)
+            try: found = LiveIndex.open(tmp_path/"a", verify=True)
+            except MissingFileError: found = LiveIndex.create(tmp_path/"a", **source) if killed else None
+            else: outcomes.add(killed)
+            check(found.verify(), wanted, codes[wanted] if adopted else np.empty((0, 1), np.uint8))
+    assert False in outcomes
 
 
 def test_the_disk_that_stops_loses_what_was_not_flushed(tmp_path):
@@ -647,8 +674,8 @@ def test_the_disk_that_stops_loses_what_was_not_flushed(tmp_path):
 class Life(RuleBasedStateMachine):
     "Random additions, deletions, searches, compactions, readers and deaths beside a plain list."
 
-    @initialize(n_bits=st.sampled_from([8, 64, 72]))
-    def start(self, n_bits):
+    @initialize(n_bits=st.sampled_from([8, 64, 72]), pieces=st.sampled_from([[110, 50, 25, 12], [40, 7], []]))
+    def start(self, n_bits, pieces):
         self.home = tempfile.TemporaryDirectory()
         LiveIndex.create(Path(self.home.name)/"a", n_bits=n_bits)
         self.disk = Disk(Path(self.home.name)/"a", [index_files, segment_files])
@@ -656,6 +683,8 @@ class Life(RuleBasedStateMachine):
         self.on = self.disk.on()
         self.on.__enter__()
         self.ix = LiveIndex.write(self.disk.folder)
+        for i, n in enumerate(pieces): self.make_a_change("add", n, i)
+        if pieces: self.make_a_change("remove a few", 0, 0)
 
     def teardown(self):
         if not hasattr(self, "on"): return
@@ -667,17 +696,14 @@ class Life(RuleBasedStateMachine):
         "A change of an index and of a model alike."
         rng, ids = np.random.default_rng(seed), np.array(self.model.ids, dtype=np.int64)
         codes = rng.integers(0, 4, (n, self.model.n_bits//8), dtype=np.uint8)
-        gone = ids[rng.random(len(ids)) < rng.choice([.05, .5, 1])]
+        gone = ids[rng.random(len(ids)) < (.05 if kind == "remove a few" else rng.choice([.3, .6, 1]))]
         free = np.setdiff1d(np.arange(self.model.next + n + 5), ids)
-        steps = dict(add=[lambda o: o.add(codes)], named=[lambda o: o.add(codes, rng.permutation(free)[:n])],
-                     remove=[lambda o: o.remove(gone)], compact=[lambda o: o.compact()],
-                     swap=[lambda o: o.remove(gone), lambda o: o.add(codes), lambda o: o.compact()])[kind]
-        if kind == "named":
-            ids = rng.permutation(free)[:n]
-            steps = [lambda o: o.add(codes[:len(ids)], ids)]
-        return grouped(steps) if kind == "swap" else steps[0]
+        named = rng.permutation(free)[:n]
+        add, remove, compact = lambda o: o.add(codes), lambda o: o.remove(gone), lambda o: o.compact()
+        return {"add": add, "named": lambda o: o.add(codes, named), "remove": remove, "remove a few": remove,
+                "compact": compact, "swap": grouped([remove, add, compact]), "two": grouped([add, remove])}[kind]
 
-    kinds = st.sampled_from(["add", "named", "remove", "compact", "swap"])
+    kinds = st.sampled_from(["add", "named", "remove a few", "remove", "two", "swap", "compact"])
 
     @rule(kind=kinds, n=st.integers(0, 60), seed=st.integers(0, 10**6))
     def make_a_change(self, kind, n, seed):
@@ -734,7 +760,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=20, deadline=None,
+TestLife.settings = settings(max_examples=80, stateful_step_count=30, deadline=None,
                              suppress_health_check=list(HealthCheck))
 
 
