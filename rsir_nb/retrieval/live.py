@@ -52,7 +52,7 @@ class LiveIndex(Index):
 
     def __len__(self): return len(self._now)
 
-# %% ../../nbs/41d_retrieval.live.ipynb #2658aa55
+# %% ../../nbs/41d_retrieval.live.ipynb #f46ca387
 @patch
 def refresh(self:LiveIndex) -> bool: # whether there was something newer
     "See what was committed since; a look at a small file where there is nothing."
@@ -63,7 +63,7 @@ def refresh(self:LiveIndex) -> bool: # whether there was something newer
         try: segments = [self._opened(entry, state['n_bits']) for entry in state['segments']]
         except FileNotFoundError as e:
             if read_manifest(self.path) != state: continue
-            raise CorruptError(f"{self.path} is not whole", found=str(e),
+            raise CorruptError(f"{self.path} is not whole", found=str(e).rstrip('.'),
                                wanted="all files that its manifest names", remedy="restore a copy") from e
         self._now = Generation(state, segments)
         return True
@@ -112,11 +112,11 @@ def range_search(self:LiveIndex,
     "All items within `radius` of every query, nearest first."
     return self._now.range_search(xq, radius, where)
 
-# %% ../../nbs/41d_retrieval.live.ipynb #73f78312
+# %% ../../nbs/41d_retrieval.live.ipynb #0af8b48d
 @patch
-def info(self:LiveIndex) -> dict: # n_bits, generation, provenance, items, deleted, bytes, segments
+def info(self:LiveIndex) -> dict: # n_bits, generation, next, provenance, items, deleted, bytes, segments
     "How the index stands: sizes, where it is from, and a dict for each segment."
-    own = dict(n_bits=self.n_bits, generation=self.generation, provenance=self.provenance)
+    own = {key: self._now.state[key] for key in ('n_bits', 'generation', 'next', 'provenance')}
     return dict(own, **self._now.info())
 
 @patch
