@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LiveIndex']
 
-# %% ../../nbs/41d_retrieval.live.ipynb #1b1e5e85
+# %% ../../nbs/41d_retrieval.live.ipynb #65c8b54b
 import json, os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from .codes import check_codes
 from .generations import Generation
 from .hamming import HammingIndex
 from .index import Index, _whole_numbers, load_arrays
-from .segments import (is_leftover, open_segment, read_manifest, sweep, verify_files,
+from .segments import (is_leftover, open_segment, read_manifest, sweep_files, verify_files,
                                         write_deleted, write_manifest, write_segment)
 
 # %% ../../nbs/41d_retrieval.live.ipynb #d037fa49
@@ -168,7 +168,7 @@ def _facts(provenance):
     if isinstance(facts, dict): return facts
     raise InputError("this provenance cannot be kept", found=repr(provenance), wanted=wanted)
 
-# %% ../../nbs/41d_retrieval.live.ipynb #6173738b
+# %% ../../nbs/41d_retrieval.live.ipynb #b4ae620a
 @patch(cls_method=True)
 def write(cls:LiveIndex,
     path:str|Path, # folder of the index
@@ -180,7 +180,7 @@ def write(cls:LiveIndex,
     with ExitStack() as stack:
         stack.enter_context(folder_lock(path))
         self = cls(path, provenance, threads)
-        sweep(path, self._now.state)
+        sweep_files(path, self._now.state)
         self._files, self._process, self._lock = self._now.state['files'], os.getpid(), stack.pop_all()
     return self
 
@@ -196,7 +196,7 @@ def __enter__(self:LiveIndex): return self
 @patch
 def __exit__(self:LiveIndex, *error): self.close()
 
-# %% ../../nbs/41d_retrieval.live.ipynb #9c5ee19b
+# %% ../../nbs/41d_retrieval.live.ipynb #c728da06
 @patch
 def _commit(self:LiveIndex, segments, following=None):
     state = self._now.state
@@ -214,7 +214,7 @@ def _publish(self:LiveIndex, generation):
             self.close()
             raise
     self._now = generation
-    if not self._grouped: sweep(self.path, generation.state)
+    if not self._grouped: sweep_files(self.path, generation.state)
 
 # %% ../../nbs/41d_retrieval.live.ipynb #a06af56c
 @patch

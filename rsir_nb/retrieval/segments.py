@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_manifest', 'read_manifest', 'Segment', 'write_segment', 'write_deleted', 'open_segment', 'verify_files',
-           'is_leftover', 'sweep']
+           'is_leftover', 'sweep_files']
 
 # %% ../../nbs/41b_retrieval.segments.ipynb #53d8ccef
 import json, re, shutil
@@ -32,7 +32,7 @@ def write_manifest(
     head = f"{_FORMAT}, version {_VERSION}, checksum {xxhash.xxh3_128_hexdigest(body)}\n".encode()
     with atomic_path(Path(folder)/'manifest') as part, open(part, 'wb') as f: f.write(head + body)
 
-# %% ../../nbs/41b_retrieval.segments.ipynb #60786902
+# %% ../../nbs/41b_retrieval.segments.ipynb #8087f53b
 def read_manifest(
     folder:str|Path, # folder of the index
 ) -> dict: # the state, as it was written
@@ -47,7 +47,7 @@ def read_manifest(
     if name != _FORMAT: raise CorruptError(f"{path} is no manifest of a live index", remedy=_REMEDY)
     if version != f"version {_VERSION}":
         raise CorruptError(f"{path} has another version", found=version, wanted=f"version {_VERSION}",
-                           remedy=_REMEDY)
+                           remedy="read it with the release that wrote it, or build it again from its codes")
     if checksum != f"checksum {xxhash.xxh3_128_hexdigest(body)}" or head.count(b', ') != 2:
         raise CorruptError(f"{path} is damaged: its checksum does not match", remedy=_REMEDY)
     return json.loads(body)
@@ -181,7 +181,7 @@ def _is_whole(path, checksum):
     try: return _file_checksum(path) == checksum
     except FileNotFoundError: return False
 
-# %% ../../nbs/41b_retrieval.segments.ipynb #afb9f7fd
+# %% ../../nbs/41b_retrieval.segments.ipynb #707b1c6f
 _FILE = r'(segment|deleted)-\d+\.index'
 _OURS = re.compile(rf'{_FILE}|\.({_FILE}|manifest)\.\d+\.part')
 
@@ -191,7 +191,7 @@ def is_leftover(
     "Whether a file is a segment, a note of deletions, or one that was being written."
     return bool(_OURS.fullmatch(name))
 
-def sweep(
+def sweep_files(
     folder:str|Path, # folder of the index, whose lock the caller holds
     state:dict, # the manifest
 ):
