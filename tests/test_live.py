@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from power_loss import Disk, Killed
-from rsir_nb.core import INDEXES, BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, write_json
+from rsir_nb.core import (INDEXES, BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, atomic_path,
+                          write_json)
 from rsir_nb.retrieval import index as index_files
 from rsir_nb.retrieval import segments as segment_files
 from rsir_nb.retrieval.hamming import HammingIndex
@@ -426,6 +427,22 @@ def test_a_full_disk_changes_nothing(tmp_path, monkeypatch, call):
         assert not list((tmp_path/"a").glob(".*.part"))
     assert not failed and calls >= 2
     np.testing.assert_array_equal(now.ids, np.arange(len(now)))
+
+
+def test_an_atomic_write_flushes_what_it_wrote_and_nothing_else(tmp_path, monkeypatch):
+    "All of it, folders in it too, then the name; not the files that happen to lie beside it."
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.readlink(f"/proc/self/fd/{handle}")))
+    (tmp_path/"beside").mkdir()
+    (tmp_path/"beside"/"large").write_text("x")
+    write_json(tmp_path/"a.json", 1)
+    assert [Path(o).name for o in flushed] == [f".a.json.{os.getpid()}.part", tmp_path.name]
+    flushed.clear()
+    with atomic_path(tmp_path/"folder") as part:
+        (part/"inner").mkdir(parents=True)
+        (part/"inner"/"file").write_text("x")
+    assert sorted(Path(o).name for o in flushed[:2]) == ["file", "inner"]
+    assert [Path(o).name for o in flushed[2:]] == [f".folder.{os.getpid()}.part", tmp_path.name]
 
 
 # Damage
