@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError', 'InputError', 'UnknownNameError',
            'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'unknown_name', 'Registry',
            'legal_arguments', 'check_arguments', 'fill_registries', 'atomic_path', 'write_json', 'read_json',
-           'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
+           'folder_lock', 'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
 
 # %% ../nbs/00_core.ipynb #266f6cab
 import ctypes, hashlib, importlib, importlib.util, inspect, json, os, shutil, sys
@@ -183,7 +183,7 @@ def atomic_path(
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        _sync(part)
+        for o in [*(part.rglob('*') if part.is_dir() else []), part]: _sync(o)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if part.is_dir() and path.is_dir(): os.replace(path, old)
         os.replace(part, path)
@@ -195,12 +195,10 @@ def atomic_path(
 
 # %% ../nbs/00_core.ipynb #b15b6307
 def _sync(path):
-    "Flush a file, or a folder and the files in it, to the disk."
-    for p in [*(path.rglob('*') if path.is_dir() else []), path]:
-        if p.is_dir() and p != path: continue
-        handle = os.open(p, os.O_RDONLY)
-        try: os.fsync(handle)
-        finally: os.close(handle)
+    "Flush one file, or the names in one folder, to the disk."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
 
 # %% ../nbs/00_core.ipynb #bbffa9fe
 def write_json(
@@ -220,6 +218,26 @@ def read_json(
     try: return json.loads(path.read_text())
     except ValueError as e:
         raise CorruptError(f"{path} is not readable as JSON", found=str(e), remedy="write it again") from e
+
+# %% ../nbs/00_core.ipynb #ebf47071
+@contextmanager
+def folder_lock(
+    path:str|Path, # the folder; made if it is not there
+) -> Iterator[Path]: # the folder
+    "Hold `path` for writing during the block; `BusyError` if another process does."
+    import fcntl
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path/'.lock', 'a+') as handle:
+        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            handle.seek(0)
+            raise BusyError(f"{path} is being written to", found=f"process {handle.read().strip() or '?'}",
+                            remedy="wait for it to end, or choose another folder") from e
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield path
 
 # %% ../nbs/00_core.ipynb #a5bdbb04
 def content_hash(

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from engine_run import run_python, tiny_config
-from rsir_nb.core import BusyError, InputError, UnknownNameError
+from rsir_nb.core import BusyError, InputError, UnknownNameError, folder_lock
 from rsir_nb.data.base import Archive, TensorArchive
 from rsir_nb.engine.encode import common_sensors, encode, encode_batch, encode_run, skipped_patches
 from rsir_nb.engine.hash import paired_features, train_hash
-from rsir_nb.engine.runs import folder_lock
 from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
 from rsir_nb.retrieval.codes import CodeStore, binarise, pack_bits
 

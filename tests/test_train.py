@@ -10,8 +10,9 @@ import torch
 
 from engine_run import run_python, tiny_config
 from rsir_nb.config import load_run_config
-from rsir_nb.core import BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, read_json
-from rsir_nb.engine.runs import append_row, folder_lock, last_checkpoint, make_wandb, trim_rows
+from rsir_nb.core import (BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, folder_lock,
+                          read_json)
+from rsir_nb.engine.runs import append_row, last_checkpoint, make_wandb, trim_rows
 from rsir_nb.engine.train import (TrainerConfig, build_archive, build_method, load_method, pretrain, read_history,
                                   split_of)
 from rsir_nb.methods.optim import lr_factor

@@ -18,10 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..config import load_run_config, register_schema, to_dict
-from ..core import (InputError, RsirError, atomic_path, check_arguments, content_hash, read_json,
-                          unknown_name, write_json)
+from ..core import (InputError, RsirError, atomic_path, check_arguments, content_hash, folder_lock,
+                          read_json, unknown_name, write_json)
 from ..data.base import Archive, check_patch
-from .runs import folder_lock
 from .train import PRECISIONS, build_archive, load_method, run_weights
 from ..methods.base import Method, usable_device
 from ..retrieval.codes import CodeStore, binarise, pack_bits

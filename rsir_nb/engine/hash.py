@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..config import load_run_config, register_schema, to_dict
-from ..core import InputError, atomic_path, check_arguments, read_json, write_json
+from ..core import InputError, atomic_path, check_arguments, folder_lock, read_json, write_json
 from ..data.base import Archive
 from .encode import encode
-from .runs import folder_lock
 from .train import build_archive, run_weights, split_of, trainer_config
 from ..methods.base import Method
 from ..methods.hashing import train_heads

@@ -12,9 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from ..config import group_arguments, save_config, to_dict
-from ..core import METHODS, InputError, atomic_path, write_json
+from ..core import METHODS, InputError, atomic_path, folder_lock, write_json
 from .encode import common_sensors
-from .runs import folder_lock
 from .train import build_archive
 from ..methods.base import Method
 from ..models.names import LAYOUTS, recognise, to_published_names

@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import (CorruptError, InputError, MissingFileError, atomic_path, read_json, unknown_name,
-                          write_json)
+from ..core import (CorruptError, InputError, MissingFileError, atomic_path, folder_lock, read_json,
+                          unknown_name, write_json)
 from ..data.base import Archive
 from .asking import Asker, filter_rows
 from .encode import encode
-from .runs import folder_lock
 from .train import run_weights
 from ..methods.base import Method
 from ..retrieval.codes import CodeStore, unpack_bits

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..config import group_kwargs, load_run_config, register_schema, save_config, to_dict
 from ..core import (DATASETS, METHODS, InputError, MissingFileError, RsirError, declare_torchvision_ops,
-                          legal_arguments, read_json, write_json)
+                          folder_lock, legal_arguments, read_json, write_json)
 from ..data.base import Archive
 from ..data.module import ArchiveData
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepLast, RunBar,
-                                 folder_lock, last_checkpoint, make_wandb)
+                                 last_checkpoint, make_wandb)
 from ..methods.base import Method
 from ..methods.optim import OptimConfig, make_optim
 declare_torchvision_ops()
