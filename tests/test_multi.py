@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from rsir_nb.core import INDEXES, CorruptError, InputError, UnknownNameError
 from rsir_nb.retrieval.buckets import BucketTables, _bits, _cuts, count_buckets, table_bytes
 from rsir_nb.retrieval.codes import hamming_distances
+from rsir_nb.retrieval.duplicates import (DuplicatePairs, duplicate_groups, group_table, iter_near_duplicates,
+                                          near_duplicates, pair_table)
 from rsir_nb.retrieval.hamming import HammingIndex
 from rsir_nb.retrieval.index import load_arrays, save_arrays
 from rsir_nb.retrieval.multi import MultiIndex
@@ -353,3 +355,154 @@ def test_many_threads_ask_at_once():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: ix.search(codes[i:i + 70], 5), range(0, 700, 70)))
     for a, b in zip(found, wanted, strict=True): same(a, b)
+
+
+# --- near-duplicates
+
+def all_pairs(codes, radius):
+    d = hamming_distances(codes, codes)
+    first, second = np.nonzero(np.triu(d <= radius, 1))
+    return DuplicatePairs(first, second, d[first, second])
+
+
+def with_copies(n, n_bits, seed, groups=None):
+    "Codes of which a third are there several times."
+    codes, rng = make_codes(n, n_bits, seed, groups), np.random.default_rng(seed)
+    copied = rng.random(n) < 0.3
+    codes[copied] = codes[rng.integers(0, max(1, n//10), copied.sum())]
+    return codes
+
+
+@QUICK
+@given(st.integers(1, 500), st.sampled_from([8, 24, 64, 72, 128, 256]), st.integers(0, 10**6), st.integers(0, 30),
+       st.sampled_from([None, 3, 40]), st.sampled_from([True, False, "auto"]))
+def test_near_duplicates_are_those_of_the_definition(n, n_bits, seed, radius, groups, tables):
+    codes = with_copies(n, n_bits, seed, groups)
+    wanted = all_pairs(codes, radius)
+    same(near_duplicates(codes, radius, tables=tables, threads=1 + seed % 2), wanted)
+    few = near_duplicates(codes, radius, representatives=True, tables=tables)
+    firsts = duplicate_groups(all_pairs(codes, 0), n)
+    keep = (firsts[wanted.first] == wanted.first) & ((firsts[wanted.second] == wanted.second)
+                                                      | (firsts[wanted.second] == wanted.first))
+    same(few, DuplicatePairs(*(o[keep] for o in wanted)))
+    np.testing.assert_array_equal(duplicate_groups(few, n), duplicate_groups(wanted, n))
+
+
+@pytest.mark.parametrize("tables", [True, False, "auto"])
+@pytest.mark.parametrize("n, radius", [(4096, 4), (9000, 3), (9000, 9)])
+def test_near_duplicates_are_those_of_faiss(n, radius, tables):
+    "More codes than a block holds, in portions that have to stop for want of memory."
+    codes = with_copies(n, 64, 5, groups=n//60)
+    flat = faiss.IndexBinaryFlat(64)
+    flat.add(codes)
+    lims, dists, second = flat.range_search(codes, radius + 1)
+    first = np.repeat(np.arange(n), np.diff(lims).astype(int))
+    wanted = DuplicatePairs.join([DuplicatePairs(*(
+        o[second > first] for o in (first, second, dists.astype(np.int32))))])
+    assert len(wanted.first) > 1e6//64
+    portions = list(iter_near_duplicates(codes, radius, tables=tables, memory=1e6, threads=2))
+    same(DuplicatePairs.join(portions), wanted)
+    assert max(len(p.first) for p in portions) < 2*1e6/64 and len(portions) > 2
+
+
+def test_both_ways_of_joining_are_taken(monkeypatch):
+    "A crowd of codes that share most substrings is compared, the rest is looked up."
+    import rsir_nb.retrieval.duplicates as page
+    codes = np.concatenate([make_codes(3000, 128), make_codes(3000, 128, 1)])
+    codes[3000:, 2:] = 0
+    counts = dict(looked=0, compared=0)
+    def counted(name, function):
+        def call(*args):
+            for n, pairs in function(*args):
+                counts[name] += n
+                yield n, pairs
+        return call
+    monkeypatch.setattr(page, "_compared", counted("compared", page._compared))
+    monkeypatch.setattr(page, "_looked_up", counted("looked", page._looked_up))
+    monkeypatch.setattr(page, "scan_price", lambda n_bits: 4.)
+    wanted = all_pairs(codes, 4)
+    same(near_duplicates(codes, 4), wanted)
+    n_distinct = len(np.unique(codes, axis=0))
+    assert counts["looked"] == n_distinct and 1000 < counts["compared"] <= n_distinct - 3000
+    counts.update(looked=0, compared=0)
+    same(near_duplicates(codes, 4, tables=False), wanted)
+    assert counts == dict(looked=0, compared=n_distinct)
+    counts.update(looked=0, compared=0)
+    monkeypatch.setattr(page, "scan_price", lambda n_bits: 0.)
+    same(near_duplicates(codes, 4, tables=True), wanted)
+    assert counts == dict(looked=n_distinct, compared=0)
+
+
+def test_an_archive_of_one_code():
+    codes = np.full((200_000, 16), 7, np.uint8)
+    for radius in 0, 5:
+        with pytest.raises(InputError, match="found .* or more; choose a smaller radius"):
+            near_duplicates(codes, radius, progress=False)
+        pairs = near_duplicates(codes, radius, representatives=True, progress=False)
+        assert not pairs.first.any() and np.array_equal(pairs.second, np.arange(1, 200_000))
+        assert not duplicate_groups(pairs, 200_000).any()
+    first = next(iter_near_duplicates(codes, memory=1e6))
+    assert len(first.first) == 1e6//64
+
+
+def test_limit_is_exact_and_indexes_are_taken():
+    codes = with_copies(600, 128, 0, groups=100)
+    n = len(all_pairs(codes, 6).first)
+    ix = filled(MultiIndex, codes)
+    assert len(near_duplicates(ix, 6, limit=n).first) == n
+    with pytest.raises(InputError, match=f"limit of {n - 1:,}"): near_duplicates(ix, 6, limit=n - 1)
+    for few, tables in [(codes[:0], True), (codes[:0], "auto"), (codes[:1], True), (codes[:1], False)]:
+        pairs = near_duplicates(few, 3, tables=tables)
+        assert [o.shape for o in pairs] == [(0,)]*3 and len(duplicate_groups(pairs, len(few))) == len(few)
+        assert len(pair_table(pairs)) == len(group_table(np.arange(len(few)))) == 0
+
+
+def test_looking_up_nothing():
+    ix = filled(HammingIndex, make_codes(50, 64), threads=2)
+    assert [len(o) for o in BucketTables(ix).look_up(ix, np.zeros((0, 8), np.uint8), 3)] == [0, 0, 0, 0, 2]
+    empty = HammingIndex(n_bits=64)
+    assert len(BucketTables(empty).look_up(empty, np.zeros((2, 8), np.uint8), 64)[2]) == 0
+
+
+def test_groups_are_connected_components():
+    rng = np.random.default_rng(0)
+    for n, m in (50, 20), (1000, 700), (1000, 3000):
+        ends = rng.integers(0, n, (2, m))
+        labels = duplicate_groups(DuplicatePairs(*ends, np.zeros(m, np.int32)), n)
+        wanted = np.arange(n)
+        for _ in range(n):
+            before = wanted.copy()
+            np.minimum.at(wanted, ends[0], before[ends[1]])
+            np.minimum.at(wanted, ends[1], before[ends[0]])
+            if np.array_equal(wanted, before): break
+        np.testing.assert_array_equal(labels, wanted)
+    chain = np.arange(100_000)
+    assert not duplicate_groups(DuplicatePairs(chain[:-1][::-1], chain[1:][::-1], chain[1:]), 100_000).any()
+
+
+def test_tables_of_pairs_and_groups():
+    codes = np.packbits(np.array([[0]*8, [1] + [0]*7, [1]*8, [0]*8, [1]*8], np.uint8), axis=1)
+    pairs, ids = near_duplicates(codes, 1), list("abcde")
+    table = pair_table(pairs, ids)
+    assert table.values.tolist() == [["a", "d", 0], ["c", "e", 0], ["a", "b", 1], ["b", "d", 1]]
+    groups = group_table(duplicate_groups(pairs, 5), ids)
+    assert groups.values.tolist() == [["a", 3, "a"], ["a", 3, "b"], ["a", 3, "d"], ["c", 2, "c"], ["c", 2, "e"]]
+
+
+BAD_JOINS = {
+    "radius": (lambda codes: near_duplicates(codes, 1.5), "whole number of bits"),
+    "no radius": (lambda codes: near_duplicates(codes, True), "whole number of bits"),
+    "negative": (lambda codes: iter_near_duplicates(codes, -1), "from 0"),
+    "tables": (lambda codes: near_duplicates(codes, 1, tables="no"), "True, False or 'auto'"),
+    "memory": (lambda codes: near_duplicates(codes, 1, memory=10), "from 1e6"),
+    "limit": (lambda codes: near_duplicates(codes, 1, limit=-1), "from 0"),
+    "floats": (lambda codes: near_duplicates(codes/2, 1), "pack_bits"),
+    "other archive": (lambda codes: duplicate_groups(near_duplicates(codes, 20), 2), "not of this archive"),
+    "few ids": (lambda codes: group_table(np.zeros(5, int), list("abc")), "too few ids"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JOINS)
+def test_a_join_that_cannot_be_is_refused(name):
+    call, match = BAD_JOINS[name]
+    with pytest.raises(InputError, match=match): call(make_codes(20, 32, groups=2))

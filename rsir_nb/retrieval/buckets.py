@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBE_NS', 'CODE_NS', 'BUILD_NS', 'count_buckets', 'count_threads', 'table_bytes', 'BucketTables']
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #4dde8723
+# %% ../../nbs/41a_retrieval.buckets.ipynb #028f32ff
 import math, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from .hamming import BLOCK, HammingIndex
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #939d2b4c
+# %% ../../nbs/41a_retrieval.buckets.ipynb #ea18687a
 def _cuts(n_bits, n):
     "Where substrings begin, and the last ends, for `n` codes: int64 (m+1,)."
     width = min(28, max(8, int(n).bit_length()))
@@ -34,7 +34,7 @@ def count_buckets(
     widths, m = np.diff(cuts).tolist(), len(cuts) - 1
     return sum(math.comb(widths[step % m], step//m) for step in range(radius + 1))
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #6440eb63
+# %% ../../nbs/41a_retrieval.buckets.ipynb #ae20f093
 _ROW_BITS = BLOCK.bit_length() - 1 # a block holds a power of two of codes
 _jit = numba.njit(nogil=True, cache=False)
 _inline = numba.njit(nogil=True, cache=False, inline='always')
@@ -68,7 +68,7 @@ def _fill_table(blocks, n, lo, hi, starts, places):
     starts[1:] = starts[:-1].copy()
     starts[0] = 0
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #31ecca31
+# %% ../../nbs/41a_retrieval.buckets.ipynb #dbf67a2e
 @lru_cache
 def _pool(process, threads): return ThreadPoolExecutor(threads)
 
@@ -89,7 +89,7 @@ def _fixed(array, dtype):
     array.flags.writeable = False
     return array
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #0ac5d1bc
+# %% ../../nbs/41a_retrieval.buckets.ipynb #efb32d69
 def table_bytes(
     n:int, # codes
     n_bits:int, # length of a code, bits
@@ -125,7 +125,7 @@ class BucketTables:
         "What the tables take in memory."
         return sum(a.nbytes for a in self.arrays[2:])
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #a36891de
+# %% ../../nbs/41a_retrieval.buckets.ipynb #fa7df237
 _SHIFT = 40 # a result is distance << 40 | position
 
 @_inline
@@ -179,7 +179,7 @@ def _offer(key, step, blocks, q, cuts, order, allowed, first, k, state, hist, ke
     hist[key >> _SHIFT] += 1
     return _push(key, first, k, state, keys)
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #dd31b286
+# %% ../../nbs/41a_retrieval.buckets.ipynb #cd7bd823
 PROBE_NS, CODE_NS, BUILD_NS = 30., 60., 30. # a bucket, a code in it, and a code of one table when it is built
 
 @_jit
@@ -218,7 +218,7 @@ def _ring(step, tables, blocks, q, own, order, allowed, first, k, state, hist, k
         flips = high | (((flips ^ high) >> np.uint64(2)) >> _ones(low - np.uint64(1)))
     return keys
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #81afed2a
+# %% ../../nbs/41a_retrieval.buckets.ipynb #a0e8e23c
 @_jit
 def _order(tables, q, order):
     "Write the tables' numbers into `order`, that of the smallest own bucket first."
@@ -252,7 +252,7 @@ def _expected(tables, q, order, radius, budget):
         if cost > budget: break
     return cost
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #d20d33b3
+# %% ../../nbs/41a_retrieval.buckets.ipynb #d12efa46
 @_jit
 def _walk(blocks, n, tables, xq, own, allowed, radius, k, expect, budget, room):
     "Results of all queries, where each ends, what became of it, and the work."
@@ -285,7 +285,7 @@ def _walk(blocks, n, tables, xq, own, allowed, radius, k, expect, budget, room):
         ends[j] = state[0]
     return keys[:state[0]], ends, fate, total
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #c192e904
+# %% ../../nbs/41a_retrieval.buckets.ipynb #86f5c10a
 @patch
 def look_up(self:BucketTables,
     index:HammingIndex, # the index the tables are of; it may have grown since
@@ -304,11 +304,11 @@ def look_up(self:BucketTables,
     own = np.full(len(xq), -1) if own is None else own
     allowed = np.zeros(0, dtype=np.uint8) if allowed is None else allowed.view(np.uint8)
     step = max(1, min(64, -(-len(xq)//threads)) if threads > 1 else len(xq))
+    groups = range(0, max(1, len(xq)), step)
     def part(lo):
         return _walk(blocks, n, self.arrays, xq[lo:lo + step], own[lo:lo + step], allowed, int(radius),
-                     int(k), int(expect), float(budget), float(room))
-    parts = _run([partial(part, lo) for lo in range(0, len(xq), step)], threads)
-    keys, ends, fate, work = zip(*parts, strict=True)
+                     int(k), int(expect), float(budget), room/len(groups))
+    keys, ends, fate, work = zip(*_run([partial(part, lo) for lo in groups], threads), strict=True)
     keys, counts = np.concatenate(keys), np.concatenate([np.diff(o, prepend=0) for o in ends])
     if k: keys = np.sort(keys.reshape(-1, k), axis=1).ravel()
     return (np.repeat(np.arange(len(xq)), counts), (keys >> _SHIFT).astype(np.int32),
