@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rsir_nb.core import INDEXES, CorruptError, InputError, UnknownNameError
-from rsir_nb.retrieval.buckets import BucketTables, _bits, _cuts, count_buckets, table_bytes
+from rsir_nb.retrieval.buckets import BucketTables, _bits, _cuts, _walk, count_buckets, table_bytes
 from rsir_nb.retrieval.codes import hamming_distances
 from rsir_nb.retrieval.duplicates import (DuplicatePairs, duplicate_groups, group_table, iter_near_duplicates,
                                           near_duplicates, pair_table)
@@ -291,6 +291,8 @@ def test_registered_pickled_and_named():
     ix.add(codes, ids=np.arange(3000)[::-1]*7)
     wanted = ix.search(codes[:3], 9)
     same(pickle.loads(pickle.dumps(ix)).search(codes[:3], 9), wanted)
+    ix.search(codes[:3], 9, where=np.arange(3000) % 2 == 0)
+    assert len(_walk.signatures) == 1, "whatever the arrays are like, the kernel is compiled once"
 
 
 def test_empty_things():
@@ -455,6 +457,14 @@ def test_limit_is_exact_and_indexes_are_taken():
         pairs = near_duplicates(few, 3, tables=tables)
         assert [o.shape for o in pairs] == [(0,)]*3 and len(duplicate_groups(pairs, len(few))) == len(few)
         assert len(pair_table(pairs)) == len(group_table(np.arange(len(few)))) == 0
+
+
+def test_a_filter_comes_as_a_mask_or_as_positions():
+    codes = make_codes(2000, 64, groups=20)
+    ix, mask = filled(MultiIndex, codes, tables=True), np.random.default_rng(0).random(2000) < 0.4
+    same(ix._nearest(codes[:5], 30, mask), ix._nearest(codes[:5], 30, np.flatnonzero(mask)))
+    same(ix._within(codes[:5], 9, mask), ix._within(codes[:5], 9, np.flatnonzero(mask)))
+    same(ix._nearest(codes[:5], 30, mask), nearest(codes[:5], codes, 30, np.flatnonzero(mask)))
 
 
 def test_looking_up_nothing():

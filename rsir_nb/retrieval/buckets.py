@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBE_NS', 'CODE_NS', 'BUILD_NS', 'count_buckets', 'count_threads', 'table_bytes', 'BucketTables']
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #028f32ff
+# %% ../../nbs/41a_retrieval.buckets.ipynb #d74ef9e3
 import math, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from .hamming import BLOCK, HammingIndex
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #ea18687a
+# %% ../../nbs/41a_retrieval.buckets.ipynb #b3a444e9
 def _cuts(n_bits, n):
     "Where substrings begin, and the last ends, for `n` codes: int64 (m+1,)."
     width = min(28, max(8, int(n).bit_length()))
@@ -34,7 +34,7 @@ def count_buckets(
     widths, m = np.diff(cuts).tolist(), len(cuts) - 1
     return sum(math.comb(widths[step % m], step//m) for step in range(radius + 1))
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #ae20f093
+# %% ../../nbs/41a_retrieval.buckets.ipynb #78a3ebcb
 _ROW_BITS = BLOCK.bit_length() - 1 # a block holds a power of two of codes
 _jit = numba.njit(nogil=True, cache=False)
 _inline = numba.njit(nogil=True, cache=False, inline='always')
@@ -68,7 +68,7 @@ def _fill_table(blocks, n, lo, hi, starts, places):
     starts[1:] = starts[:-1].copy()
     starts[0] = 0
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #dbf67a2e
+# %% ../../nbs/41a_retrieval.buckets.ipynb #67dea2d2
 @lru_cache
 def _pool(process, threads): return ThreadPoolExecutor(threads)
 
@@ -89,7 +89,7 @@ def _fixed(array, dtype):
     array.flags.writeable = False
     return array
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #efb32d69
+# %% ../../nbs/41a_retrieval.buckets.ipynb #4936b964
 def table_bytes(
     n:int, # codes
     n_bits:int, # length of a code, bits
@@ -114,6 +114,7 @@ class BucketTables:
         self.arrays = tuple(map(_fixed, arrays, (np.int64, np.int64, np.uint32, np.uint32)))
         return self
 
+    def __setstate__(self, state): self._set(*state['arrays'])
     def __len__(self): return self.arrays[3].shape[1]
 
     def to_arrays(self) -> dict: # name -> array
@@ -125,7 +126,7 @@ class BucketTables:
         "What the tables take in memory."
         return sum(a.nbytes for a in self.arrays[2:])
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #fa7df237
+# %% ../../nbs/41a_retrieval.buckets.ipynb #73a54277
 _SHIFT = 40 # a result is distance << 40 | position
 
 @_inline
@@ -179,7 +180,7 @@ def _offer(key, step, blocks, q, cuts, order, allowed, first, k, state, hist, ke
     hist[key >> _SHIFT] += 1
     return _push(key, first, k, state, keys)
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #cd7bd823
+# %% ../../nbs/41a_retrieval.buckets.ipynb #f2cd69a0
 PROBE_NS, CODE_NS, BUILD_NS = 30., 60., 30. # a bucket, a code in it, and a code of one table when it is built
 
 @_jit
@@ -218,7 +219,7 @@ def _ring(step, tables, blocks, q, own, order, allowed, first, k, state, hist, k
         flips = high | (((flips ^ high) >> np.uint64(2)) >> _ones(low - np.uint64(1)))
     return keys
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #a0e8e23c
+# %% ../../nbs/41a_retrieval.buckets.ipynb #9e568aef
 @_jit
 def _order(tables, q, order):
     "Write the tables' numbers into `order`, that of the smallest own bucket first."
@@ -252,7 +253,7 @@ def _expected(tables, q, order, radius, budget):
         if cost > budget: break
     return cost
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #d12efa46
+# %% ../../nbs/41a_retrieval.buckets.ipynb #3c333782
 @_jit
 def _walk(blocks, n, tables, xq, own, allowed, radius, k, expect, budget, room):
     "Results of all queries, where each ends, what became of it, and the work."
@@ -285,7 +286,7 @@ def _walk(blocks, n, tables, xq, own, allowed, radius, k, expect, budget, room):
         ends[j] = state[0]
     return keys[:state[0]], ends, fate, total
 
-# %% ../../nbs/41a_retrieval.buckets.ipynb #86f5c10a
+# %% ../../nbs/41a_retrieval.buckets.ipynb #0ba6ec94
 @patch
 def look_up(self:BucketTables,
     index:HammingIndex, # the index the tables are of; it may have grown since
@@ -300,9 +301,9 @@ def look_up(self:BucketTables,
 ) -> tuple: # query, dists, positions of results; fate of queries; buckets and codes looked at
     "Everything within a radius, or the k nearest by growing radius, in order of the queries."
     blocks, n, threads = _fixed(index._blocks, np.uint64), len(index), count_threads(index)
-    xq = np.ascontiguousarray(np.pad(xq, ((0, 0), (0, -xq.shape[1] % 8)))).view('<u8')
-    own = np.full(len(xq), -1) if own is None else own
-    allowed = np.zeros(0, dtype=np.uint8) if allowed is None else allowed.view(np.uint8)
+    xq = _fixed(np.pad(xq, ((0, 0), (0, -xq.shape[1] % 8))).view('<u8'), np.uint64)
+    own = _fixed(np.full(len(xq), -1) if own is None else own, np.int64)
+    allowed = _fixed([] if allowed is None else allowed, np.uint8)
     step = max(1, min(64, -(-len(xq)//threads)) if threads > 1 else len(xq))
     groups = range(0, max(1, len(xq)), step)
     def part(lo):

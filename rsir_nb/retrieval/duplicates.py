@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DuplicatePairs', 'iter_near_duplicates', 'near_duplicates', 'duplicate_groups', 'pair_table', 'group_table']
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #6d187560
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #9fb5c973
 import math
 from typing import Any, Iterator, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from .codes import check_codes
 from .hamming import BLOCK, HammingIndex
 from .multi import scan_price
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #8c442bb9
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #7c664846
 class DuplicatePairs(NamedTuple):
     "Pairs of items that are near each other, by position."
     first:np.ndarray # int64 (P,)
@@ -37,7 +37,7 @@ class DuplicatePairs(NamedTuple):
         order = np.lexsort((second, first))
         return cls(first[order], second[order], dists[order])
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #c400b4ee
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #2d108aec
 class _Copies:
     "Items with equal codes, side by side in `order`: those of each distinct code from `starts` on."
     def __init__(self, codes):
@@ -52,7 +52,7 @@ class _Copies:
         self.order = order[np.repeat(starts[by_first] - self.starts, self.sizes) + np.arange(len(codes))]
         self.firsts = self.order[self.starts]
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #f5f63cab
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #b6cd32ed
 def _portions(counts, room):
     "For things that stand for `counts` pairs each: the thing and the number within it, `room` at a time."
     ends = np.cumsum(counts)
@@ -77,7 +77,7 @@ def _spread(copies, pairs, room):
         a, b = copies.order[copies.starts[u[k]] + i], copies.order[copies.starts[v[k]] + j]
         yield DuplicatePairs(np.minimum(a, b), np.maximum(a, b), dists[k])
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #fa3efd3d
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #e3bbc63b
 def _after(index, block):
     "The part of an index from a block on, without copying it."
     part = HammingIndex(index.n_bits, index.threads)
@@ -111,7 +111,7 @@ def _looked_up(index, codes, tables, rows, radius, room, budget):
         elif 4*len(at) < room: step = min(2*step, 1 << 14)
     yield from _compared(index, codes, np.concatenate(costly), radius, room)
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #2d319448
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #fb9a2d92
 def iter_near_duplicates(
     codes:np.ndarray|HammingIndex, # packed codes, uint8 (N, n_bits/8), or an index of them
     radius:int=0, # largest distance of a pair, bits
@@ -125,7 +125,7 @@ def iter_near_duplicates(
     codes, radius, room = _checked(codes, radius, tables, memory)
     return _near_duplicates(codes, radius, representatives, tables, room, threads, progress)
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #8996c9b0
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #b85d06ec
 def _near_duplicates(codes, radius, representatives, tables, room, threads, progress):
     copies = _Copies(codes)
     yield from _equal_pairs(copies, room, representatives)
@@ -136,7 +136,7 @@ def _near_duplicates(codes, radius, representatives, tables, room, threads, prog
             if representatives: yield DuplicatePairs(*(copies.firsts[o] for o in pairs[:2]), pairs.dists)
             else: yield from _spread(copies, pairs, room)
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #8cdecc9e
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #1a914d44
 _TABLE_BYTES = 4e9
 
 def _checked(codes, radius, tables, memory):
@@ -164,7 +164,7 @@ def _join(codes, radius, tables, room, threads):
         return
     yield from _looked_up(index, codes, BucketTables(index), np.arange(n), radius, room, budget)
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #8590cdce
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #884825e1
 def near_duplicates(
     codes:np.ndarray|HammingIndex, # packed codes, uint8 (N, n_bits/8), or an index of them
     radius:int=0, # largest distance of a pair, bits
@@ -185,7 +185,7 @@ def near_duplicates(
                                     "once, or take the pairs in portions from iter_near_duplicates")
     return DuplicatePairs.join(parts)
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #54fba5ed
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #5d7906e9
 @numba.njit(nogil=True)
 def _union(first, second, labels):
     for i in range(len(first)):
@@ -199,7 +199,7 @@ def _union(first, second, labels):
         labels[max(a, b)] = min(a, b)
     for i in range(len(labels)): labels[i] = labels[labels[i]]
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #0fa50abe
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #28c75359
 def duplicate_groups(
     pairs:DuplicatePairs, # pairs by position
     n:int, # items in the archive
@@ -212,7 +212,7 @@ def duplicate_groups(
     _union(np.asarray(pairs[0], dtype=np.int64), np.asarray(pairs[1], dtype=np.int64), labels)
     return labels
 
-# %% ../../nbs/41f_retrieval.duplicates.ipynb #050f9cda
+# %% ../../nbs/41f_retrieval.duplicates.ipynb #11a4bae9
 def _names(ids, n):
     if ids is None: return np.arange(n)
     if len(ids) < n: raise InputError("there are too few ids", found=len(ids), wanted=f"{n} or more")

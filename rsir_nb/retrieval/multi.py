@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MultiIndex', 'scan_price']
 
-# %% ../../nbs/41e_retrieval.multi.ipynb #11b18a94
+# %% ../../nbs/41e_retrieval.multi.ipynb #47f8ce34
 import math, time
 from functools import lru_cache
 from typing import Literal
@@ -18,7 +18,7 @@ from .buckets import (BUILD_NS, PROBE_NS, BucketTables, _cuts, count_buckets, co
                                        table_bytes)
 from .hamming import BLOCK, HammingIndex
 
-# %% ../../nbs/41e_retrieval.multi.ipynb #11dd1cf2
+# %% ../../nbs/41e_retrieval.multi.ipynb #7f6cb870
 @INDEXES.register('multi', exact=True, paper='Norouzi, Punjani, Fleet: arXiv:1307.2982')
 class MultiIndex(HammingIndex):
     "Exact search among packed binary codes, by tables of substrings where that is less work than a scan."
@@ -54,7 +54,7 @@ class MultiIndex(HammingIndex):
 
     def __repr__(self): return f"MultiIndex(n_bits={self.n_bits}) of {len(self):,} codes"
 
-# %% ../../nbs/41e_retrieval.multi.ipynb #7ceaa6dd
+# %% ../../nbs/41e_retrieval.multi.ipynb #8a3d0208
 def _restored(arrays, index):
     "The tables of a file, or a `CorruptError` if they cannot be of this index."
     cuts, base, starts, places = (arrays[name] for name in ('cuts', 'base', 'starts', 'places'))
@@ -68,7 +68,7 @@ def _restored(arrays, index):
                            remedy="build the index again from its codes")
     return BucketTables.__new__(BucketTables)._set(cuts, base, starts, places)
 
-# %% ../../nbs/41e_retrieval.multi.ipynb #421b8964
+# %% ../../nbs/41e_retrieval.multi.ipynb #90ef85ba
 @lru_cache
 def scan_price(
     n_bits:int, # length of a code, bits
@@ -83,7 +83,7 @@ def scan_price(
         seconds.append(time.perf_counter() - start)
     return min(seconds)*1e9/(16*len(ix))
 
-# %% ../../nbs/41e_retrieval.multi.ipynb #533ef8bf
+# %% ../../nbs/41e_retrieval.multi.ipynb #2d2784d0
 @patch
 def _may_build(self:MultiIndex):
     "Whether there may be tables; an error if there must be and cannot."
@@ -95,14 +95,14 @@ def _may_build(self:MultiIndex):
                          remedy="pass a larger memory=, or tables='auto'")
     return False
 
-# %% ../../nbs/41e_retrieval.multi.ipynb #06eca9ea
+# %% ../../nbs/41e_retrieval.multi.ipynb #b3e38f23
 @patch
 def build(self:MultiIndex) -> MultiIndex: # the same index
     "Build the tables now, whether or not they are known to pay."
     if self.tables is not False and self._may_build(): self._buckets, self._owed = BucketTables(self), 0.
     return self
 
-# %% ../../nbs/41e_retrieval.multi.ipynb #fb886ab5
+# %% ../../nbs/41e_retrieval.multi.ipynb #92e1c037
 @patch
 def _tables_for(self:MultiIndex, n_queries, radius, budget):
     "The tables to ask, or None; `radius` is the one to be expected, -1 if nothing is known."
@@ -118,7 +118,7 @@ def _tables_for(self:MultiIndex, n_queries, radius, budget):
 @patch
 def _price(self:MultiIndex): return scan_price(self.n_bits)
 
-# %% ../../nbs/41e_retrieval.multi.ipynb #fa91bec4
+# %% ../../nbs/41e_retrieval.multi.ipynb #cdf24a00
 def _mask(rows, n):
     "A filter as an index hands it on, a mask or positions, as a mask."
     if rows is None or rows.dtype == bool: return rows
