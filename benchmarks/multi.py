@@ -1,8 +1,8 @@
 """Claim: tables of substrings answer small radii, and few neighbours of clustered codes, faster than a scan.
 
 Every row compares the results of `HammingIndex` (scan), `MultiIndex(tables=True)` (tables) and
-`MultiIndex(tables='auto')`, which must be equal, ties included. The three take turns; printed are medians in
-ms a query, and how many queries of the last call `auto` left to the tables, scanned, or gave up on the way.
+`MultiIndex(tables='auto')`, which must be equal, ties included. The three take turns, after one call each
+(in which `auto` learns how far the k nearest are); printed are medians in ms a query, and how many queries of the last call `auto` left to the tables, scanned, or gave up on the way.
 Rows in which the tables alone would take minutes are cut off by `--patience` and say so. Then the
 near-duplicates of a whole archive, against faiss `IndexBinaryFlat.range_search` in blocks.
 
@@ -84,6 +84,7 @@ def row(name, ask, indexes, xq, args):
     call = lambda ix, n=None: ask(ix, xq[:n])
     scan_seconds, wanted = timed(lambda: call(plain))
     ways = dict(scan=plain, auto=auto)
+    call(auto)
     if patient_tables(tables, call, args.patience, scan_seconds, len(xq)): ways["tables"] = tables
     times = {way: [] for way in ways}
     for i in range(args.repeats):
