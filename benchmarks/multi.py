@@ -2,7 +2,8 @@
 
 Every row compares the results of `HammingIndex` (scan), `MultiIndex(tables=True)` (tables) and
 `MultiIndex(tables='auto')`, which must be equal, ties included. The three take turns, after one call each
-(in which `auto` learns how far the k nearest are); printed are medians in ms a query, and how many queries of the last call `auto` left to the tables, scanned, or gave up on the way.
+(in which `auto` learns how far the k nearest are); printed are medians in ms a query, and how many queries
+of the last call `auto` left to the tables, scanned, or gave up on the way.
 Rows in which the tables alone would take minutes are cut off by `--patience` and say so. Then the
 near-duplicates of a whole archive, against faiss `IndexBinaryFlat.range_search` in blocks.
 
