@@ -73,7 +73,7 @@ def usearch_search(codes, xq, k, threads):
 def make_limits():
     "(bare comparisons of `n_words` words a second and core, bytes read a second)."
     import numba
-    from rsir_nb.retrieval.kernels import _count_ones
+    from rsir_nb.retrieval.kernels import count_ones
 
     @numba.njit(nogil=True)
     def read(words):
@@ -90,7 +90,7 @@ def make_limits():
                 low, moving = np.uint64(1000), q ^ np.uint64(r)
                 for i in range(words.shape[1]):
                     d = np.uint64(0)
-                    for w in range(n_words): d += _count_ones(words[w, i] ^ moving[w])
+                    for w in range(n_words): d += count_ones(words[w, i] ^ moving[w])
                     low = min(low, d)
                 total += low
             return total

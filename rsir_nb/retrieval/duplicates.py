@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from ..core import InputError
 from .buckets import PROBE_NS, BucketTables, count_buckets, table_bytes
 from .codes import check_codes
-from .hamming import BLOCK, HammingIndex
+from .hamming import HammingIndex
+from .kernels import BLOCK
 from .multi import scan_price
 
 # %% ../../nbs/41f_retrieval.duplicates.ipynb #7c664846

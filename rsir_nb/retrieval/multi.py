@@ -14,9 +14,10 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import INDEXES, CorruptError, InputError, make_rng
-from .buckets import (BUILD_NS, PROBE_NS, BucketTables, _cuts, count_buckets, count_threads,
+from .buckets import (BUILD_NS, PROBE_NS, BucketTables, _cuts, count_buckets,
                                        table_bytes)
-from .hamming import BLOCK, HammingIndex
+from .hamming import HammingIndex
+from .kernels import BLOCK, count_threads
 
 # %% ../../nbs/41e_retrieval.multi.ipynb #7f6cb870
 @INDEXES.register('multi', exact=True, paper='Norouzi, Punjani, Fleet: arXiv:1307.2982')
@@ -129,7 +130,7 @@ def _mask(rows, n):
 @patch
 def _ask(self:MultiIndex, xq, radius, k, rows, expect):
     "query, dists, positions of what the tables found, and which queries they have not answered."
-    allowed, threads = _mask(rows, len(self)), count_threads(self)
+    allowed, threads = _mask(rows, len(self)), count_threads(self.threads)
     n_scan = len(self) if allowed is None or allowed.mean() > 1/8 else allowed.sum()
     budget = math.inf if self.tables is True else n_scan*self._price()*min(1, len(xq)/threads)
     tables = self._tables_for(len(xq), expect, budget)
