@@ -134,7 +134,7 @@ _PARTS = """
 .rsir th,.rsir td{padding:.3rem .8rem .3rem 0;text-align:left;border-bottom:1px solid var(--line)}
 .rsir tbody th{font-weight:400}
 .rsir thead th{border-bottom:2px solid var(--quiet);vertical-align:bottom}
-.rsir .number{text-align:right;padding:.3rem 0 .3rem 1.2rem}
+.rsir .number{text-align:right}
 @media (max-width:40rem){.rsir-ranking{grid-template-columns:1fr}}
 """
 

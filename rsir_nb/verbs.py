@@ -16,7 +16,7 @@ import typer
 from .config import load_config
 from .core import InputError
 from .data.store import PatchStore, write_store
-from .engine.asking import filter_rows
+from .engine.filters import filter_rows
 from .engine.bench import bench_methods
 from .engine.imports import write_imported
 from .engine.published import adopt_weights, convert_weights
