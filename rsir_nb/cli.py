@@ -16,7 +16,7 @@ import typer
 from omegaconf import OmegaConf
 
 from .config import list_configs, load_config, load_run_config
-from .core import BACKBONES, DATASETS, INDEXES, LOSSES, METHODS, RsirError, unknown_name
+from .core import BACKBONES, DATASETS, INDEXES, LOSSES, METHODS, InputError, RsirError, unknown_name
 from .engine.encode import encode_run
 from .engine.evaluate import evaluate
 from .engine.hash import train_hash
@@ -24,9 +24,9 @@ from .engine.report import write_gallery, write_report
 from .engine.search import open_search
 from .engine.stages import archive_picture, demo, index_run
 from .engine.train import build_archive, pretrain
-from .options import (ConfigName, DryRun, FileBands, FileFit, FileOffset, FileScale, LabelFilter,
-                             Overrides, Overwrite, ProtocolName, RowFilter, RunFolder, SourceSensor,
-                             TargetSensor, changes_of, file_options, is_run, run_config, shown)
+from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overwrite, ProtocolName,
+                             RunFolder, SourceSensor, TargetSensor, changes_of, is_run, run_config, shown,
+                             verb)
 from .verbs import bench_app, config_app, data_app, weights_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
@@ -145,33 +145,44 @@ def index_command(
     return found
 
 # %% ../nbs/91_cli.ipynb #e6e3e578
-@app.command('query')
+@verb(app, 'query')
 def query_command(
     run:RunFolder, # an indexed run
     query:Annotated[str, typer.Argument(help="A patch's id, or an image file.")], # what to look for
+    also:Annotated[list[str], typer.Option(help="Another example of it; may be repeated.")]=[], # noqa: B006
+    combine:Annotated[str, typer.Option(help="Examples: mean, what they share; min, like any.")]='mean', # how
     source:SourceSensor=None, # if unclear
     target:TargetSensor=None, # where
-    k:Annotated[int, typer.Option('--k', '-k', help="Results wanted.")]=10, # how many
-    where:RowFilter=None, # which
-    label:LabelFilter=None, # which
-    bands:FileBands=None, # of a file
-    fit:FileFit=None, # of a file
-    scale:FileScale=None, # of a file
-    offset:FileOffset=None, # of a file
+    k:Annotated[int, typer.Option('--k', '-k', help="Results: 10, or all --within.")]=None, # how many
+    within:Annotated[int, typer.Option(help="All hits within so many bits.")]=None, # how near
+    rescore:Annotated[int, typer.Option(help="Order k times so many anew by embeddings.")]=None, # finely
+    filters:Filters={}, # which # noqa: B006
+    file:FileReading={}, # of a file # noqa: B006
     html:Annotated[Path, typer.Option(help="Write a gallery to this page.")]=None, # pictures
     geojson:Annotated[Path, typer.Option(help="Write the hits with their footprints.")]=None, # geometry
     parquet:Annotated[Path, typer.Option(help="Write the hits as GeoParquet.")]=None, # geometry
     csv:Annotated[Path, typer.Option(help="Write the hits as CSV.")]=None, # plain
 ):
-    "Find the patches most like one, across sensors if asked."
+    "Find the patches most like one, or like several, across sensors if asked."
     archive = build_archive(load_run_config(run).data) if html else None
-    file = file_options(bands, fit, scale, offset)
-    found = open_search(run).query(query, source, target, k, where, label=label, file=file)
+    options = dict(source=source, target=target, file=file, **filters)
+    found = _found(open_search(run), [query, *also], combine, k, within, rescore, options)
     print(found.to_text())
     if html: found.to_html(html, picture=archive_picture(archive))
     for path, write in (geojson, found.to_geojson), (parquet, found.to_parquet), (csv, found.to_csv):
         if path: write(path)
     return found
+
+# %% ../nbs/91_cli.ipynb #e62796a2
+def _found(search, queries, combine, k, within, rescore, options):
+    "One of the three ways to search."
+    ways = {'--also': len(queries) > 1, '--within': within is not None, '--rescore': rescore is not None}
+    chosen = [name for name, asked in ways.items() if asked]
+    if len(chosen) > 1: raise InputError(f"{' and '.join(chosen)} do not go together", remedy="choose one")
+    if within is not None: return search.within(queries[0], within, k=k, **options)
+    k = 10 if k is None else k
+    if len(queries) > 1: return search.query_many(queries, combine, k=k, **options)
+    return search.query(queries[0], k=k, rescore=rescore, **options)
 
 # %% ../nbs/91_cli.ipynb #ba9713e6
 @app.command('evaluate')
@@ -207,26 +218,21 @@ def report_command(
     return path
 
 # %% ../nbs/91_cli.ipynb #63dc5dcb
-@app.command('gallery')
+@verb(app, 'gallery')
 def gallery_command(
     run:RunFolder, # an indexed run
     queries:Annotated[list[str], typer.Argument(help="Ids or files; by default some are drawn.")]=[], # noqa: B006
     source:SourceSensor=None, # if unclear
     target:TargetSensor=None, # where
     k:Annotated[int, typer.Option('--k', '-k', help="Hits of each query.")]=6, # how many
-    where:RowFilter=None, # which
-    label:LabelFilter=None, # which
-    bands:FileBands=None, # of files
-    fit:FileFit=None, # of files
-    scale:FileScale=None, # of files
-    offset:FileOffset=None, # of files
+    filters:Filters={}, # which # noqa: B006
+    file:FileReading={}, # of files # noqa: B006
     n:Annotated[int, typer.Option('--n', '-n', help="Queries to draw.")]=6, # how many
     seed:Annotated[int, typer.Option(help="Another seed draws other queries.")]=0, # of the draw
     html:Annotated[Path, typer.Option(help="The page; RUN/gallery.html by default.")]=None, # where to
 ):
     "Write a page of queries and their hits."
-    file = file_options(bands, fit, scale, offset)
-    path = write_gallery(run, queries, html, source, target, k, where, n, seed, label, file)
+    path = write_gallery(run, queries, html, source, target, k, n=n, seed=seed, file=file, **filters)
     print(path)
     return path
 

@@ -87,10 +87,10 @@ def relevance(self:Ranking) -> list: # True, False, or None where not known; one
 def _is_list(o): return isinstance(o, (list, tuple, set, np.ndarray))
 
 def _plain(o):
-    "What JSON can hold: gaps as None, numbers and dates as such, shapes as GeoJSON, the rest as text."
+    "What JSON can hold: gaps as None, numbers and dates as such, the rest as text."
     if _is_list(o): return [_plain(x) for x in o]
     if o is None or isinstance(o, (str, bool)): return o
-    if isinstance(o, bytes): return _shape(o)
+    if isinstance(o, bytes): return _cell(o)
     if pd.api.types.is_scalar(o) and pd.isna(o): return None
     if isinstance(o, np.generic): return o.item()
     return o if isinstance(o, (int, float, dict)) else str(o)
