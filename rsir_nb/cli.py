@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'groups', 'KINDS', 'FACTS', 'main', 'list_command', 'pretrain_command', 'hash_command', 'encode_command',
-           'index_command', 'query_command', 'evaluate_command', 'report_command', 'gallery_command', 'demo_command']
+           'index_command', 'query_command', 'evaluate_command', 'compare_command', 'report_command', 'gallery_command',
+           'demo_command']
 
 # %% ../nbs/91_cli.ipynb #2d002aa1
-import logging, os, sys
+import importlib, logging, os, sys
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # read when torch is loaded, below
 from pathlib import Path
 from typing import Annotated
@@ -28,11 +29,12 @@ from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overw
                              RunFolder, SourceSensor, TargetSensor, changes_of, is_run, run_config, shown,
                              verb)
 from .verbs import bench_app, config_app, data_app, weights_app
+from .verbs_codes import codes_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
 app = typer.Typer(name='rsir', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Search satellite archives by image, across sensors.")
-groups = dict(data=data_app, weights=weights_app, config=config_app, bench=bench_app)
+groups = dict(data=data_app, codes=codes_app, weights=weights_app, config=config_app, bench=bench_app)
 for name, verbs in groups.items(): app.add_typer(verbs, name=name)
 
 # %% ../nbs/91_cli.ipynb #6a2d8b67
@@ -199,6 +201,23 @@ def evaluate_command(
     found = evaluate(run, **changes_of(cfg, changes, 'evaluate'))
     print(found.margins.to_string(index=False))
     return found
+
+# %% ../nbs/91_cli.ipynb #18dc43df
+@app.command('compare')
+def compare_command(
+    run_a:RunFolder, # an evaluated run
+    run_b:RunFolder, # another, evaluated on the same queries
+    protocol:ProtocolName=None, # rules; those of the first by default
+    metric:Annotated[str, typer.Option(help="map, precision, recall, ndcg, ...")]='map', # what counts
+    k:Annotated[int, typer.Option('--k', '-k', help="Depth; the deepest by default.")]=None, # where
+    csv:Annotated[Path, typer.Option(help="Write the table.")]=None, # to here
+):
+    "Say by how much one run is better than another, in every direction, and how sure that is."
+    compare_runs = importlib.import_module('rsir_nb.engine.compare').compare_runs
+    table = compare_runs(run_a, run_b, protocol=protocol, metric=metric, k=k)
+    print(table.round(4).to_string(index=False))
+    if csv: table.to_csv(csv, index=False)
+    return table
 
 # %% ../nbs/91_cli.ipynb #4696f40c
 @app.command('report')

@@ -267,3 +267,18 @@ def test_bench_shows_its_configs(capsys, tmp_path, monkeypatch):
     assert main(["bench", "methods", "bench/cmmae", "bench/duch", "--out", "b", "optim.epochs=2", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "# cmmae" in out and "# duch" in out and out.count("epochs: 2") >= 2 and not list(tmp_path.iterdir())
+
+
+def test_two_runs_compared(tiny_run, tmp_path, capsys):
+    pytest.importorskip("rsir_nb.engine.compare")
+    import shutil
+
+    import pandas as pd
+    main(["evaluate", str(tiny_run), "evaluate.drawings=20", "evaluate.baselines=[random]"])
+    shutil.copytree(tiny_run, tmp_path/"same")
+    capsys.readouterr()
+    assert main(["compare", str(tiny_run), str(tmp_path/"same"), "--csv", str(tmp_path/"c.csv")]) == 0
+    assert "s1->s2" in capsys.readouterr().out and (pd.read_csv(tmp_path/"c.csv")["difference"] == 0).all()
+    assert main(["compare", str(tiny_run), str(tmp_path/"nowhere")]) == 2
+    assert main(["compare", str(tiny_run), str(tiny_run), "--metric", "mapp"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
