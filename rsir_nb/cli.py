@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'groups', 'KINDS', 'FACTS', 'main', 'list_command', 'pretrain_command', 'hash_command', 'encode_command',
            'index_command', 'query_command', 'evaluate_command', 'compare_command', 'report_command', 'gallery_command',
-           'demo_command']
+           'duplicates_command', 'demo_command']
 
 # %% ../nbs/91_cli.ipynb #2d002aa1
 import importlib, logging, os, sys
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from .config import list_configs, load_config, load_run_config
 from .core import BACKBONES, DATASETS, INDEXES, LOSSES, METHODS, InputError, RsirError, unknown_name
+from .engine.duplicates import told_duplicates, write_duplicates
 from .engine.encode import encode_run
 from .engine.evaluate import evaluate
 from .engine.hash import train_hash
@@ -254,6 +255,29 @@ def gallery_command(
     path = write_gallery(run, queries, html, source, target, k, n=n, seed=seed, file=file, **filters)
     print(path)
     return path
+
+# %% ../nbs/91_cli.ipynb #c0126aae
+@verb(app, 'duplicates')
+def duplicates_command(
+    run:RunFolder, # an indexed run
+    sensor:Annotated[str, typer.Option(help="Whose codes; by default the first that has any.")]=None, # whose
+    radius:Annotated[int, typer.Option(help="Largest difference of a pair, in bits.")]=0, # how near
+    every:Annotated[bool, typer.Option('--every', help="All pairs of equal codes.")]=False, # how many
+    filters:Filters={}, # which # noqa: B006
+    n:Annotated[int, typer.Option('--n', '-n', help="Pairs to print, and rows of the page.")]=20, # how many
+    csv:Annotated[Path, typer.Option(help="Write all pairs.")]=None, # plain
+    html:Annotated[Path, typer.Option(help="Write a page of them side by side.")]=None, # pictures
+):
+    "Find patches that are there twice, or nearly."
+    search = open_search(run)
+    pairs = search.duplicates(sensor, radius, every, **filters)
+    if len(pairs): print(pairs.head(n).to_string(index=False))
+    print(told_duplicates(search, pairs))
+    if csv: pairs.to_csv(csv, index=False)
+    if html:
+        picture = archive_picture(build_archive(load_run_config(run).data))
+        write_duplicates(search, pairs, html, picture, sensor or next(iter(search.indexes)), n)
+    return pairs
 
 # %% ../nbs/91_cli.ipynb #5e21269a
 @app.command('demo')

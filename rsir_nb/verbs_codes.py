@@ -33,10 +33,15 @@ def load_array(
     if isinstance(array, np.ndarray): return array
     raise InputError(f"{path} holds several arrays", wanted="one, as numpy.save writes it")
 
-# %% ../nbs/90d_verbs_codes.ipynb #d3a6bda4
+# %% ../nbs/90d_verbs_codes.ipynb #16543f3d
 def _engines(): return importlib.import_module('rsir_nb.retrieval.engines')
 
 def _live(): return importlib.import_module('rsir_nb.retrieval.live').LiveIndex
+
+def _told(where):
+    "A place as it may be printed: without a password."
+    where = re.sub(r"(://[^:/@]*:)[^@]+@", r"\1***@", where)
+    return re.sub(r"(password\s*=\s*)('[^']*'|[^\s&]+)", r"\1***", where)
 
 def _is_address(where): return not Path(where).exists() and re.match(r'[A-Za-z][\w+.-]+:|\s*\w+\s*=', where)
 
@@ -49,13 +54,13 @@ def _opened(where):
 @contextmanager
 def _writing(where):
     "The index for writing, until the end of the block."
-    if Path(where).is_file(): raise InputError(f"{where} is a file, which is not changed",
+    if Path(where).is_file(): raise InputError(f"{_told(where)} is a file, which is not changed",
         remedy=f"rsir codes create FOLDER --begin {where} makes a folder of it, which can be")
     if Path(where).is_dir():
         with _live().write(where) as index: yield index
     else: yield _opened(where)
 
-# %% ../nbs/90d_verbs_codes.ipynb #f86539dc
+# %% ../nbs/90d_verbs_codes.ipynb #da949fba
 codes_app = typer.Typer(no_args_is_help=True, help="Keep and search packed codes from anywhere.")
 CodesPlace = Annotated[str, typer.Argument(help="A folder, a file NAME.index, or a database's address.")]
 CodesFile = Annotated[Path, typer.Argument(help="Packed codes as .npy: uint8, (N, bits/8).")]
@@ -70,14 +75,14 @@ def codes_create_command(
     if _is_address(where):
         if begin: raise InputError("a database begins empty", remedy="leave --begin out, and add its codes")
         index = _engines().open_index(where, n_bits=bits or 128)
-        if len(index): raise InputError(f"{where} holds {len(index):,} codes", remedy="rsir codes add")
-    elif where.endswith('.index'): raise InputError(f"{where} would be a file, which is not changed",
+        if len(index): raise InputError(f"{_told(where)} holds {len(index):,} codes", remedy="rsir codes add")
+    elif where.endswith('.index'): raise InputError(f"{_told(where)} would be a file, which is not changed",
                                                     remedy="name a folder")
     else: index = _live().create(where, n_bits=bits, from_index=begin)
-    print(f"{where}: {len(index):,} codes of {index.n_bits} bits")
+    print(f"{_told(where)}: {len(index):,} codes of {index.n_bits} bits")
     return index
 
-# %% ../nbs/90d_verbs_codes.ipynb #04a60964
+# %% ../nbs/90d_verbs_codes.ipynb #a29f1729
 @codes_app.command('add')
 def codes_add_command(
     where:CodesPlace, # what to add to
@@ -87,10 +92,10 @@ def codes_add_command(
     "Add codes; nothing is added if one of them cannot be."
     x, names = load_array(codes), None if ids is None else load_array(ids)
     with _writing(where) as index: added, n = index.add(x, names), len(index)
-    print(f"{where}: {len(added):,} added, {n:,} in all")
+    print(f"{_told(where)}: {len(added):,} added, {n:,} in all")
     return added
 
-# %% ../nbs/90d_verbs_codes.ipynb #11e7230a
+# %% ../nbs/90d_verbs_codes.ipynb #d7eb08d1
 @codes_app.command('remove')
 def codes_remove_command(
     where:CodesPlace, # what to remove from
@@ -98,7 +103,7 @@ def codes_remove_command(
 ):
     "Remove codes by id; nothing is removed if one is not there."
     with _writing(where) as index: gone, n = index.remove(_named(ids)), len(index)
-    print(f"{where}: {gone:,} removed, {n:,} left")
+    print(f"{_told(where)}: {gone:,} removed, {n:,} left")
     return gone
 
 def _named(words):
@@ -107,16 +112,16 @@ def _named(words):
     if bad: raise InputError("these are no ids", found=" ".join(bad[:5]), wanted="whole numbers or a .npy")
     return [int(o) for o in words]
 
-# %% ../nbs/90d_verbs_codes.ipynb #b0840ed4
+# %% ../nbs/90d_verbs_codes.ipynb #4d1d14a4
 @codes_app.command('compact')
 def codes_compact_command(
     where:CodesPlace, # what to make smaller
 ):
     "Write what is left into one piece; the space of removed codes is given back."
     with _writing(where) as index:
-        if not hasattr(index, 'compact'): raise InputError(f"{where} needs no compacting")
+        if not hasattr(index, 'compact'): raise InputError(f"{_told(where)} needs no compacting")
         saved = index.compact()
-    print(f"{where}: {saved:,} bytes less")
+    print(f"{_told(where)}: {saved:,} bytes less")
     return saved
 
 @codes_app.command('info')
@@ -139,10 +144,10 @@ def codes_verify_command(
     if Path(where).is_file(): index = HammingIndex.load(where, verify=True)
     else:
         index = _opened(where)
-        if not hasattr(index, 'verify'): raise InputError(f"{where} keeps no checksums of ours",
+        if not hasattr(index, 'verify'): raise InputError(f"{_told(where)} keeps no checksums of ours",
                                                           remedy="ask the database to check its pages")
         index.verify()
-    print(f"{where}: all {len(index):,} codes are as they were written")
+    print(f"{_told(where)}: all {len(index):,} codes are as they were written")
 
 # %% ../nbs/90d_verbs_codes.ipynb #77b4cfd8
 @codes_app.command('search')
