@@ -108,7 +108,7 @@ def html_img(
 _PARTS = """
 .rsir{background:var(--page);color:var(--ink);
   font:1rem/1.55 system-ui,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
-.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem;overflow-wrap:anywhere}
+.rsir h1,.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem;overflow-wrap:anywhere}
 .rsir .quiet,.rsir figcaption,.rsir caption{color:var(--quiet)}
 .rsir figure{margin:0}
 .rsir img{max-width:100%;height:auto}

@@ -76,14 +76,15 @@ def test_filters_and_mistakes(search):
 
 
 def test_the_page(search, tmp_path):
-    from rsir_nb.engine.duplicates import duplicates_page, told_duplicates, write_duplicates
+    from rsir_nb.engine.duplicates import duplicate_rows, told_duplicates, write_duplicates
     pairs = search.duplicates("s1", 1)
     picture = lambda name, sensor: np.full((8, 8, 3), .5)
     page = write_duplicates(search, pairs, tmp_path/"d.html", picture, "s1").read_text()
     assert page.count("<section") == pairs["id_a"].nunique() and page.count("<img") == len(pairs) + pairs["id_a"].nunique()
     assert page.index("tiny_002") < page.index("tiny_009") and "not relevant" in page      # largest group first
-    short = duplicates_page(search, pairs, picture, "s1", n=1, twins=2)
-    assert short.count("<img") == 3 and "the first 2 of 3" in short and "The first 1 of" in short
+    short, = duplicate_rows(search, pairs, picture, "s1", n=1, twins=2)
+    assert short.count("<img") == 3 and "the first 2 of 3" in short
+    assert "The first 1 of" in write_duplicates(search, pairs, tmp_path/"s.html", picture, "s1", n=1).read_text()
     split = search.table.set_index("id")["split"]
     across = sum(split[a] != split[b] for a, b in zip(pairs["id_a"], pairs["id_b"], strict=True))
     assert f"across two splits: {across}" in told_duplicates(search, pairs)

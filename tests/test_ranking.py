@@ -147,6 +147,12 @@ def test_columns_of_a_search(table):
 
 
 def test_what_is_the_same_in_all_stands_below(ranking):
+    ranking.hits["split"] = "test"
     html = ranking.to_html()
-    assert "The same in all: " in html and "href x.tif" in html and "<th scope=\"col\">href" not in html
-    assert "id" in html and "The same" not in Ranking("q", [0], [1], ranking.hits).to_html()
+    assert "The same in all: split test." in html and "<th scope=\"col\">split" not in html and "href<" not in html
+    assert "The same" not in Ranking("q", [0], [1], ranking.hits).to_html()
+
+
+def test_names_of_examples(table):
+    name = lambda *ids: Ranking(dict(ids=ids), [0], [1], table).query["id"]
+    assert (name("a"), name("a", "b"), name("a", "b", "c")) == ("a", "a + b", "a + 2 more")

@@ -36,7 +36,7 @@ class Ranking:
         columns:Mapping|None=None, # more that is known of the hits, name -> (k,)
     ):
         self.query = dict(query) if isinstance(query, Mapping) else dict(id=query)
-        if 'ids' in self.query: self.query.setdefault('id', ' + '.join(map(str, self.query['ids'])))
+        if 'ids' in self.query: self.query.setdefault('id', _joined([str(o) for o in self.query['ids']]))
         self.dists = np.asarray(dists)
         self.rows = _row_numbers(ids, table)
         if self.rows.shape != self.dists.shape:
@@ -54,6 +54,8 @@ class Ranking:
         return self.hits['id'].astype(str).tolist()
 
 # %% ../../nbs/44_retrieval.ranking.ipynb #6df48451
+def _joined(names): return ' + '.join(names if len(names) < 3 else [names[0], f'{len(names) - 1} more'])
+
 def _row_numbers(ids, table):
     ids = np.asarray(ids)
     if 'id' not in table.columns:
@@ -263,14 +265,16 @@ def to_html(self:Ranking,
     return page
 
 # %% ../../nbs/44_retrieval.ranking.ipynb #020ccf42
+_SHOWN = 'id', 'distance', 'hamming', 'relevant', 'labels', 'datetime', 'split'
+
 @patch
 def _html_table(self:Ranking):
-    df = self.table().drop(columns=['geometry', 'query_id', 'direction'], errors='ignore').set_index('rank')
-    df = df.drop(columns=[o for o in df if any(isinstance(x, bytes) for x in df[o])])
-    df = df.dropna(axis=1, how='all')
-    for name in df.columns.difference(['hamming', 'distance', 'score']):
-        df[name] = [', '.join(map(str, o)) if _is_list(o) else o if _plain(o) is not None else ''
-                    for o in df[name]]
+    df = self.table().set_index('rank')
+    df = df[[o for o in _SHOWN if o in df]].dropna(axis=1, how='all')
+    text = lambda o: '' if _plain(o) is None else str(_plain(o))
+    words = lambda o: ', '.join(map(str, o)) if _is_list(o) else text(o)
+    for name in df.columns.difference(['hamming', 'distance']):
+        df[name] = [words(o).removesuffix(' 00:00:00') for o in df[name]]
     same = [o for o in df if len(df) > 1 and o not in ('id', 'hamming', 'distance') and df[o].nunique() == 1]
     told = '; '.join(f"{o} {df[o].iloc[0]}" for o in same)
     told = f'<p class="rsir quiet">The same in all: {escape(told)}.</p>' if told else ''
