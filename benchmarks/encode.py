@@ -46,7 +46,7 @@ def parse():
 
 def make_method(size, sensors):
     "A network of the published shape with hash heads; speed does not ask for trained weights."
-    settings = to_dict(load_config(CONFIGS[size]).method)
+    settings = to_dict(load_config(CONFIGS[size], ["data=synthetic"]).method)
     settings.update(decoder=None)
     method = METHODS.create(settings.pop("name"), sensors=sensors, img_size=120, **settings)
     method.heads = HashHeads({m: method.embed_dim for m in sensors}, n_bits=128)

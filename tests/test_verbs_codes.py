@@ -133,3 +133,11 @@ def test_arrays_and_tables(here):
     assert len(empty) == 0 and list(empty) == ["query", "rank", "id", "distance"]
     some = hits_table(dict(lims=np.array([0, 0, 2]), dists=np.array([1, 4]), ids=np.array([9, 7])))
     assert some.values.tolist() == [[1, 1, 9, 1], [1, 2, 7, 4]]
+
+
+def test_no_password_is_printed():
+    from rsir_nb.verbs_codes import _told
+    for where in "postgresql://me:secret@host/db", "host=a password=secret user=me", "host=a password = 'se secret' user=me", \
+                 "postgresql://me@host/db?password=secret&user=me":
+        assert "secret" not in _told(where) and "me" in _told(where) and "***" in _told(where)
+    assert _told("codes/a:b") == "codes/a:b" and _told("postgresql://host/db") == "postgresql://host/db"
