@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'groups', 'KINDS', 'FACTS', 'main', 'list_command', 'pretrain_command', 'hash_command', 'encode_command',
-           'index_command', 'query_command', 'evaluate_command', 'report_command', 'gallery_command', 'demo_command']
+           'index_command', 'query_command', 'evaluate_command', 'compare_command', 'report_command', 'gallery_command',
+           'duplicates_command', 'demo_command']
 
 # %% ../nbs/91_cli.ipynb #2d002aa1
-import logging, os, sys
+import importlib, logging, os, sys
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # read when torch is loaded, below
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,8 @@ import typer
 from omegaconf import OmegaConf
 
 from .config import list_configs, load_config, load_run_config
-from .core import BACKBONES, DATASETS, INDEXES, LOSSES, METHODS, RsirError, unknown_name
+from .core import BACKBONES, DATASETS, INDEXES, LOSSES, METHODS, InputError, RsirError, unknown_name
+from .engine.duplicates import told_duplicates, write_duplicates
 from .engine.encode import encode_run
 from .engine.evaluate import evaluate
 from .engine.hash import train_hash
@@ -24,15 +26,16 @@ from .engine.report import write_gallery, write_report
 from .engine.search import open_search
 from .engine.stages import archive_picture, demo, index_run
 from .engine.train import build_archive, pretrain
-from .options import (ConfigName, DryRun, FileBands, FileFit, FileOffset, FileScale, LabelFilter,
-                             Overrides, Overwrite, ProtocolName, RowFilter, RunFolder, SourceSensor,
-                             TargetSensor, changes_of, file_options, is_run, run_config, shown)
+from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overwrite, ProtocolName,
+                             RunFolder, SourceSensor, TargetSensor, changes_of, is_run, run_config, shown,
+                             verb)
 from .verbs import bench_app, config_app, data_app, weights_app
+from .verbs_codes import codes_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
 app = typer.Typer(name='rsir', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Search satellite archives by image, across sensors.")
-groups = dict(data=data_app, weights=weights_app, config=config_app, bench=bench_app)
+groups = dict(data=data_app, codes=codes_app, weights=weights_app, config=config_app, bench=bench_app)
 for name, verbs in groups.items(): app.add_typer(verbs, name=name)
 
 # %% ../nbs/91_cli.ipynb #6a2d8b67
@@ -145,33 +148,44 @@ def index_command(
     return found
 
 # %% ../nbs/91_cli.ipynb #e6e3e578
-@app.command('query')
+@verb(app, 'query')
 def query_command(
     run:RunFolder, # an indexed run
     query:Annotated[str, typer.Argument(help="A patch's id, or an image file.")], # what to look for
+    also:Annotated[list[str], typer.Option(help="Another example of it; may be repeated.")]=[], # noqa: B006
+    combine:Annotated[str, typer.Option(help="Examples: mean, what they share; min, like any.")]='mean', # how
     source:SourceSensor=None, # if unclear
     target:TargetSensor=None, # where
-    k:Annotated[int, typer.Option('--k', '-k', help="Results wanted.")]=10, # how many
-    where:RowFilter=None, # which
-    label:LabelFilter=None, # which
-    bands:FileBands=None, # of a file
-    fit:FileFit=None, # of a file
-    scale:FileScale=None, # of a file
-    offset:FileOffset=None, # of a file
+    k:Annotated[int, typer.Option('--k', '-k', help="Results: 10, or all --within.")]=None, # how many
+    within:Annotated[int, typer.Option(help="All hits within so many bits.")]=None, # how near
+    rescore:Annotated[int, typer.Option(help="Order k times so many anew by embeddings.")]=None, # finely
+    filters:Filters={}, # which # noqa: B006
+    file:FileReading={}, # of a file # noqa: B006
     html:Annotated[Path, typer.Option(help="Write a gallery to this page.")]=None, # pictures
     geojson:Annotated[Path, typer.Option(help="Write the hits with their footprints.")]=None, # geometry
     parquet:Annotated[Path, typer.Option(help="Write the hits as GeoParquet.")]=None, # geometry
     csv:Annotated[Path, typer.Option(help="Write the hits as CSV.")]=None, # plain
 ):
-    "Find the patches most like one, across sensors if asked."
+    "Find the patches most like one, or like several, across sensors if asked."
     archive = build_archive(load_run_config(run).data) if html else None
-    file = file_options(bands, fit, scale, offset)
-    found = open_search(run).query(query, source, target, k, where, label=label, file=file)
+    options = dict(source=source, target=target, file=file, **filters)
+    found = _found(open_search(run), [query, *also], combine, k, within, rescore, options)
     print(found.to_text())
     if html: found.to_html(html, picture=archive_picture(archive))
     for path, write in (geojson, found.to_geojson), (parquet, found.to_parquet), (csv, found.to_csv):
         if path: write(path)
     return found
+
+# %% ../nbs/91_cli.ipynb #e62796a2
+def _found(search, queries, combine, k, within, rescore, options):
+    "One of the three ways to search."
+    ways = {'--also': len(queries) > 1, '--within': within is not None, '--rescore': rescore is not None}
+    chosen = [name for name, asked in ways.items() if asked]
+    if len(chosen) > 1: raise InputError(f"{' and '.join(chosen)} do not go together", remedy="choose one")
+    if within is not None: return search.within(queries[0], within, k=k, **options)
+    k = 10 if k is None else k
+    if len(queries) > 1: return search.query_many(queries, combine, k=k, **options)
+    return search.query(queries[0], k=k, rescore=rescore, **options)
 
 # %% ../nbs/91_cli.ipynb #ba9713e6
 @app.command('evaluate')
@@ -188,6 +202,23 @@ def evaluate_command(
     found = evaluate(run, **changes_of(cfg, changes, 'evaluate'))
     print(found.margins.to_string(index=False))
     return found
+
+# %% ../nbs/91_cli.ipynb #18dc43df
+@app.command('compare')
+def compare_command(
+    run_a:RunFolder, # an evaluated run
+    run_b:RunFolder, # another, evaluated on the same queries
+    protocol:ProtocolName=None, # rules; those of the first by default
+    metric:Annotated[str, typer.Option(help="map, precision, recall, ndcg, ...")]='map', # what counts
+    k:Annotated[int, typer.Option('--k', '-k', help="Depth; the deepest by default.")]=None, # where
+    csv:Annotated[Path, typer.Option(help="Write the table.")]=None, # to here
+):
+    "Say by how much one run is better than another, in every direction, and how sure that is."
+    compare_runs = importlib.import_module('rsir_nb.engine.compare').compare_runs
+    table = compare_runs(run_a, run_b, protocol=protocol, metric=metric, k=k)
+    print(table.round(4).to_string(index=False))
+    if csv: table.to_csv(csv, index=False)
+    return table
 
 # %% ../nbs/91_cli.ipynb #4696f40c
 @app.command('report')
@@ -207,28 +238,46 @@ def report_command(
     return path
 
 # %% ../nbs/91_cli.ipynb #63dc5dcb
-@app.command('gallery')
+@verb(app, 'gallery')
 def gallery_command(
     run:RunFolder, # an indexed run
     queries:Annotated[list[str], typer.Argument(help="Ids or files; by default some are drawn.")]=[], # noqa: B006
     source:SourceSensor=None, # if unclear
     target:TargetSensor=None, # where
     k:Annotated[int, typer.Option('--k', '-k', help="Hits of each query.")]=6, # how many
-    where:RowFilter=None, # which
-    label:LabelFilter=None, # which
-    bands:FileBands=None, # of files
-    fit:FileFit=None, # of files
-    scale:FileScale=None, # of files
-    offset:FileOffset=None, # of files
+    filters:Filters={}, # which # noqa: B006
+    file:FileReading={}, # of files # noqa: B006
     n:Annotated[int, typer.Option('--n', '-n', help="Queries to draw.")]=6, # how many
     seed:Annotated[int, typer.Option(help="Another seed draws other queries.")]=0, # of the draw
     html:Annotated[Path, typer.Option(help="The page; RUN/gallery.html by default.")]=None, # where to
 ):
     "Write a page of queries and their hits."
-    file = file_options(bands, fit, scale, offset)
-    path = write_gallery(run, queries, html, source, target, k, where, n, seed, label, file)
+    path = write_gallery(run, queries, html, source, target, k, n=n, seed=seed, file=file, **filters)
     print(path)
     return path
+
+# %% ../nbs/91_cli.ipynb #c0126aae
+@verb(app, 'duplicates')
+def duplicates_command(
+    run:RunFolder, # an indexed run
+    sensor:Annotated[str, typer.Option(help="Whose codes; by default the first that has any.")]=None, # whose
+    radius:Annotated[int, typer.Option(help="Largest difference of a pair, in bits.")]=0, # how near
+    every:Annotated[bool, typer.Option('--every', help="All pairs of equal codes.")]=False, # how many
+    filters:Filters={}, # which # noqa: B006
+    n:Annotated[int, typer.Option('--n', '-n', help="Pairs to print, and rows of the page.")]=20, # how many
+    csv:Annotated[Path, typer.Option(help="Write all pairs.")]=None, # plain
+    html:Annotated[Path, typer.Option(help="Write a page of them side by side.")]=None, # pictures
+):
+    "Find patches that are there twice, or nearly."
+    search = open_search(run)
+    pairs = search.duplicates(sensor, radius, every, **filters)
+    if len(pairs): print(pairs.head(n).to_string(index=False))
+    print(told_duplicates(search, pairs))
+    if csv: pairs.to_csv(csv, index=False)
+    if html:
+        picture = archive_picture(build_archive(load_run_config(run).data))
+        write_duplicates(search, pairs, html, picture, sensor or next(iter(search.indexes)), n)
+    return pairs
 
 # %% ../nbs/91_cli.ipynb #5e21269a
 @app.command('demo')

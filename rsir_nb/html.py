@@ -108,7 +108,7 @@ def html_img(
 _PARTS = """
 .rsir{background:var(--page);color:var(--ink);
   font:1rem/1.55 system-ui,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
-.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem;overflow-wrap:anywhere}
+.rsir h1,.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem;overflow-wrap:anywhere}
 .rsir .quiet,.rsir figcaption,.rsir caption{color:var(--quiet)}
 .rsir figure{margin:0}
 .rsir img{max-width:100%;height:auto}
@@ -134,7 +134,7 @@ _PARTS = """
 .rsir th,.rsir td{padding:.3rem .8rem .3rem 0;text-align:left;border-bottom:1px solid var(--line)}
 .rsir tbody th{font-weight:400}
 .rsir thead th{border-bottom:2px solid var(--quiet);vertical-align:bottom}
-.rsir .number{text-align:right;padding:.3rem 0 .3rem 1.2rem}
+.rsir .number{text-align:right}
 @media (max-width:40rem){.rsir-ranking{grid-template-columns:1fr}}
 """
 

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from omegaconf import OmegaConf
 
-from .config import load_config
+from .config import load_config, to_dict
 from .core import InputError
 from .data.store import PatchStore, write_store
-from .engine.asking import filter_rows
-from .engine.bench import bench_methods
+from .engine.bench import bench_configs, bench_methods
+from .engine.filters import filter_rows
 from .engine.imports import write_imported
 from .engine.published import adopt_weights, convert_weights
 from .engine.train import build_archive
 from .models.weights import load_published
-from .options import DryRun, LabelFilter, Overrides, Overwrite, RowFilter, shown
+from .options import DryRun, Filters, Overrides, Overwrite, shown, verb
 from .retrieval.codes import CodeStore
 
 # %% ../nbs/90c_verbs.ipynb #b5aa02be
@@ -34,13 +35,14 @@ def convert_command(
     dataset:Annotated[str, typer.Argument(help="A data config, e.g. ben_v2_lmdb or scenes.")], # what to read
     out:Annotated[Path, typer.Argument(help="Folder of the patch store to write.")], # where to write
     overrides:Overrides=[], # changes to the config # noqa: B006
-    size:Annotated[int, typer.Option(help="Pixels a side of a stored patch.")]=120, # resampled to this
+    size:Annotated[int, typer.Option(help="Pixels a side; data.img_size, or 120.")]=None, # resampled to this
     overwrite:Overwrite=False, # anew
     dry_run:DryRun=False, # only show the config
 ):
     "Write an archive into a patch store: one grid, compact, with checksums. Called again, it goes on."
     cfg = load_config('base', [f'data={dataset}', *overrides, f'out={out}'])
     if shown(cfg.data, dry_run): return
+    size = size if size is not None else to_dict(cfg.data).get('img_size') or 120
     report = write_store(build_archive(cfg.data), out, size=size, overwrite=overwrite)
     print(f"{out}: {report}")
     return report
@@ -67,18 +69,17 @@ def verify_command(
     print(f"{store}: every patch is as it was written")
 
 # %% ../nbs/90c_verbs.ipynb #0c58c504
-@data_app.command('table')
+@verb(data_app, 'table')
 def table_command(
     path:Annotated[Path, typer.Argument(help="A patch store, or an indexed run's folder.")], # which patches
-    where:RowFilter=None, # which
-    label:LabelFilter=None, # which
+    filters:Filters={}, # which # noqa: B006
     n:Annotated[int, typer.Option('--n', '-n', help="Rows to print.")]=20, # how many
     csv:Annotated[Path, typer.Option(help="Write all of them as CSV.")]=None, # to here
 ):
     "List patches: ids, splits, labels, dates."
     codes = next((path/o for o in ('search/codes', 'codes') if (path/o).is_dir()), None)
     table = CodeStore.open(codes).table if codes else PatchStore(path).table
-    rows, places = filter_rows(table, where, label), ['geometry', 'native_geometry']
+    rows, places = filter_rows(table, **filters), ['geometry', 'native_geometry']
     table = (table if rows is None else table.iloc[rows]).drop(columns=places, errors='ignore')
     for name in 'labels', 'modalities':
         if name in table: table[name] = [None if o is None else ', '.join(o) for o in table[name]]
@@ -159,11 +160,16 @@ def bench_methods_command(
     words:Annotated[list[str], typer.Argument(help="Configs, one a method, and key=value for all.")], # what
     out:Annotated[Path, typer.Option(help="Folder of the runs and of the table.")]='runs/bench', # where
     bits:Annotated[str, typer.Option(help="Lengths of the codes.")]='32,64,128', # which
+    dry_run:DryRun=False, # only show the configs
 ):
     "Train, hash and score several methods on one archive; the table is printed and written."
     configs, changes = [o for o in words if '=' not in o], [o for o in words if '=' in o]
     if not all(o.isdigit() for o in bits.split(',')):
         raise InputError("these are no lengths of codes", found=bits, wanted="numbers, e.g. 32,64,128")
+    if dry_run:
+        for name, cfg in bench_configs(configs, out, changes).items():
+            print(f"# {name}", OmegaConf.to_yaml(cfg), sep='\n')
+        return
     table = bench_methods(configs, out, changes, [int(o) for o in bits.split(',')])
     print(table.round(3).to_string(index=False))
     print(f"{Path(out)/'methods.html'}: the same for people")

@@ -209,3 +209,76 @@ def test_a_failed_first_try_does_not_block_the_second(tmp_path, capsys, monkeypa
     (tmp_path / "run" / "config.yaml").write_text("")
     for verb in "report", "evaluate": assert main([verb, "../run"]) == 2
     assert "config.yaml" in capsys.readouterr().err
+
+
+def test_ways_to_ask(tiny_run, capsys, tmp_path):
+    "Examples, radius, embeddings, boxes: the verb asks as the retriever does."
+    from rsir_nb.engine.search import open_search
+    main(["index", str(tiny_run)])
+    search = open_search(tiny_run)
+    def ask(line):
+        capsys.readouterr()
+        assert main(["query", str(tiny_run), *line.split()]) == 0
+        return capsys.readouterr().out.strip()
+    many = search.query_many(["tiny_003", "tiny_007", "tiny_011"], k=5)
+    assert ask("tiny_003 --also tiny_007 --also tiny_011 -k 5") == many.to_text()
+    nearest = search.query_many(["tiny_003", "tiny_007"], "min", target="s2", label="lake")
+    assert ask("tiny_003 --also tiny_007 --combine min --target s2 --label lake") == nearest.to_text()
+    assert ask("tiny_003 --rescore 3 -k 4") == search.query("tiny_003", k=4, rescore=3).to_text()
+    assert ask("tiny_003 --within 3") == search.within("tiny_003", 3).to_text()
+    assert ask("tiny_003 --within 3 -k 1") == search.within("tiny_003", 3, k=1).to_text()
+    box = search.query("tiny_003", box=(11.1, 40, 11.2, 50)).to_text()
+    assert ask("tiny_003 --box 11.1,40,11.2,50") == box and "tiny_0" in box
+    assert "nothing found" in ask("tiny_003 --box -11.2,40,-11.1,50")
+    assert main(["query", str(tiny_run), "tiny_003", "--also", "tiny_007", "--html", str(tmp_path/"many.html")]) == 0
+    assert (tmp_path/"many.html").read_text().count("<img") == 11
+    for line, said in {"--rescore 2 --within 3": "do not go together", "--also x --within 3": "do not go together",
+                       "--box 1,2,3": "this is no box", "--box a,2,3,4": "this is no box", "--from 2018": "known date",
+                       "--where id.to_csv('x')": "cannot be used", "--also tiny_099": "tiny_099", "--rescore 0": "rescore",
+                       "--also tiny_007 --combine max": "mean", "--within 99": "no radius", "-k 0": "number of results"}.items():
+        assert main(["query", str(tiny_run), "tiny_003", *line.split()]) == 2, line
+        err = capsys.readouterr().err
+        assert said in err and "Traceback" not in err
+
+
+def test_gallery_and_table_take_the_same_filters(tiny_run, capsys, tmp_path):
+    main(["index", str(tiny_run)])
+    page = tmp_path/"g.html"
+    assert main(["gallery", str(tiny_run), "-n", "2", "-k", "3", "--box", "11,48,11.1,48.01", "--html", str(page)]) == 0
+    assert page.read_text().count("<img") == 8
+    assert main(["gallery", str(tiny_run), "--box", "1,48,2,48.01"]) == 2 and "box=" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["data", "table", str(tiny_run), "--box", "11,48,11.1,48.01", "--csv", str(tmp_path/"t.csv")]) == 0
+    assert "tiny_010" in capsys.readouterr().out and (tmp_path/"t.csv").read_text().count("tiny_") == 11
+    assert main(["data", "table", str(tiny_run), "--from", "2017", "--to", "2016"]) == 2
+    assert main(["data", "table", str(tiny_run), "--box", "11,48,11.1"]) == 2
+
+
+def test_converted_at_the_size_of_the_archive(tmp_path):
+    from rsir_nb.data.store import PatchStore
+    assert main(["data", "convert", "synthetic", str(tmp_path/"a.store"), *SMALL]) == 0
+    assert PatchStore(tmp_path/"a.store")[0]["s2"].shape[-2:] == (30, 30)
+    assert main(["data", "convert", "synthetic", str(tmp_path/"b.store"), *SMALL, "--size", "20"]) == 0
+    assert PatchStore(tmp_path/"b.store")[0]["s2"].shape[-2:] == (20, 20)
+
+
+def test_bench_shows_its_configs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "methods", "bench/cmmae", "bench/duch", "--out", "b", "optim.epochs=2", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "# cmmae" in out and "# duch" in out and out.count("epochs: 2") >= 2 and not list(tmp_path.iterdir())
+
+
+def test_two_runs_compared(tiny_run, tmp_path, capsys):
+    pytest.importorskip("rsir_nb.engine.compare")
+    import shutil
+
+    import pandas as pd
+    main(["evaluate", str(tiny_run), "evaluate.drawings=20", "evaluate.baselines=[random]"])
+    shutil.copytree(tiny_run, tmp_path/"same")
+    capsys.readouterr()
+    assert main(["compare", str(tiny_run), str(tmp_path/"same"), "--csv", str(tmp_path/"c.csv")]) == 0
+    assert "s1->s2" in capsys.readouterr().out and (pd.read_csv(tmp_path/"c.csv")["difference"] == 0).all()
+    assert main(["compare", str(tiny_run), str(tmp_path/"nowhere")]) == 2
+    assert main(["compare", str(tiny_run), str(tiny_run), "--metric", "mapp"]) == 2
+    assert "Traceback" not in capsys.readouterr().err

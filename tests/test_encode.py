@@ -1,6 +1,7 @@
 "Encoding: shards that survive a kill, bad patches left out by name, other jobs refused; hash heads on cached features."
 import json
 import logging
+import re
 import signal
 
 import numpy as np
@@ -204,3 +205,34 @@ def test_unpaired_patches_teach_no_heads(tmp_path, method, archive, caplog):
 def test_codes_of_a_run(run, archive):
     store = encode_run(run.out, progress=False)
     assert store.ids == archive.ids and encode_run(run.out, progress=False).provenance == store.provenance
+
+
+def test_the_speed_is_told(tmp_path, method, archive, caplog, capsys):
+    with caplog.at_level(logging.INFO): encode(method, archive, tmp_path/"codes", batch_size=8)
+    told = re.search(r"48 patches of s1 and s2 encoded in \d+ s, (\d+) a second", caplog.text)
+    assert told and int(told[1]) > 0 and "patch/s" in capsys.readouterr().err
+    caplog.clear()
+    with caplog.at_level(logging.INFO): encode(method, archive, tmp_path/"codes", progress=False)
+    assert "encoded in" not in caplog.text                                     # nothing was left to do
+
+
+def test_each_sensor_alone_is_as_in_the_whole(tmp_path, method, archive):
+    whole = encode(method, archive, tmp_path/"whole", progress=False)
+    for m in "s1", "s2":
+        alone = encode(method, archive, tmp_path/m, modalities=[m], progress=False)
+        assert alone.modalities == [m] and np.array_equal(alone.codes[m], whole.codes[m])
+        assert np.array_equal(alone.embeddings[m], whole.embeddings[m])
+
+
+def test_bfloat16_codes_with_workers_and_bad_patches(tmp_path, method, archive):
+    "What a big job is run with: two workers, bf16, small shards, some patches that are damaged."
+    exact = encode(method, Broken(archive), tmp_path/"exact", progress=False)
+    half = encode(method, Broken(archive), tmp_path/"half", batch_size=7, shard_size=11, num_workers=2,
+                  precision="bf16-mixed", progress=False)
+    assert half.ids == exact.ids and half.provenance["skipped"] == exact.provenance["skipped"]
+    for m in "s1", "s2":
+        assert np.array_equal(half.present(m), exact.present(m))
+        wrong = np.bitwise_count(half.codes[m] ^ exact.codes[m]).mean()/8
+        assert wrong < 0.05 and half.codes[m].any()
+    assert half.provenance["job"]["precision"] == "bf16-mixed"
+    with pytest.raises(InputError, match="another precision"): encode(method, Broken(archive), tmp_path/"half")

@@ -125,3 +125,34 @@ def test_an_empty_ranking_has_files_too(table, tmp_path):
     assert len(read_geoparquet(empty.to_parquet(tmp_path/"a.parquet"))) == 0
     assert len(pd.read_csv(empty.to_csv(tmp_path/"a.csv"))) == 0
     assert "no hits" in empty.to_html(picture=picture)
+
+
+def test_shapes_in_their_own_system_are_text(table, tmp_path):
+    native = [wkb_box(500_000, 5_300_000, 501_200, 5_301_200)]*3 + [None]
+    ranking = Ranking("q", [0, 3], [1, 2], table.assign(native_geometry=native, raw=[b"\x00\xff"]*4))
+    df = pd.read_csv(ranking.to_csv(tmp_path/"hits.csv"))
+    assert json.loads(df.native_geometry[0])["coordinates"][0][0] == [500_000, 5_300_000] and pd.isna(df.native_geometry[1])
+    assert "b'" not in (tmp_path/"hits.csv").read_text() and json.loads(df.raw[0]) == "00ff"
+    features = json.loads(ranking.to_geojson(tmp_path/"hits.geojson").read_text())["features"]
+    assert json.loads(features[0]["properties"]["native_geometry"])["type"] == "Polygon"
+    assert features[1]["properties"]["native_geometry"] is None and "b'" not in ranking.to_html()
+
+
+def test_columns_of_a_search(table):
+    ranking = Ranking(dict(ids=["a", "b"], labels=["Sea"]), [1, 0], [.1, .2], table, columns=dict(hamming=[4, 2]), info=dict(radius=9))
+    assert ranking.table()["hamming"].tolist() == [4, 2] and ranking.query["id"] == "a + b" and ranking.relevance == [True, True]
+    assert "hamming" in ranking.to_text() and "within 9 bits" in repr(ranking)
+    ranking.picture = lambda name, sensor: np.full((8, 8, 3), dict(a=.2, b=.8).get(name, .5))
+    assert ranking._cards(None)[0]["rgb"].shape == (8, 16, 3)
+
+
+def test_what_is_the_same_in_all_stands_below(ranking):
+    ranking.hits["split"] = "test"
+    html = ranking.to_html()
+    assert "The same in all: split test." in html and "<th scope=\"col\">split" not in html and "href<" not in html
+    assert "The same" not in Ranking("q", [0], [1], ranking.hits).to_html()
+
+
+def test_names_of_examples(table):
+    name = lambda *ids: Ranking(dict(ids=ids), [0], [1], table).query["id"]
+    assert (name("a"), name("a", "b"), name("a", "b", "c")) == ("a", "a + b", "a + 2 more")

@@ -11,8 +11,9 @@ from rsir_nb.core import CorruptError, InputError, MissingFileError, UnknownName
 from rsir_nb.data.base import TensorArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.hash import train_hash
-from rsir_nb.engine.search import Retriever, rocchio, weighted_distances
+from rsir_nb.engine.search import Retriever
 from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
+from rsir_nb.engine.weighted import rocchio, weighted_distances, weighted_nearest
 from rsir_nb.retrieval.codes import pack_bits, unpack_bits
 
 
@@ -103,7 +104,7 @@ def test_no_table_is_read_before_it_is_needed(run, retriever):
     fresh = Retriever.load(retriever.path)
     code = np.asarray(fresh.store.codes["s1"][:1])
     fresh.search_codes(code, fresh.method.weights_hash, "s1", k=2)
-    assert fresh.store._table is None and "rows" not in vars(fresh.ask)
+    assert fresh.store._table is None and "filters" not in vars(fresh.ask)
     assert fresh.rows_where(label="lake").tolist() == [i for i, o in enumerate(fresh.table["labels"]) if "lake" in o]
 
 
@@ -246,3 +247,129 @@ def test_tensor_archive_ids_are_strings(tmp_path, retriever, archive):
     x = torch.stack([archive[i]["s2"] for i in range(4)])
     r = Retriever.build(retriever.method, TensorArchive({"s2": x}), tmp_path/"r", progress=False)
     assert r.query("0", k=2).query["id"] == "0"
+
+
+def cosines(retriever, target, source, row):
+    "1 - cos of every patch's embedding and one, in float64."
+    x, q = (np.float64(np.float32(retriever.store.embeddings[m])) for m in (target, source))
+    unit = lambda o: o/np.linalg.norm(o, axis=-1, keepdims=True)
+    return 1 - unit(x) @ unit(q[row])
+
+
+@pytest.mark.parametrize("source, target", [("s1", "s1"), ("s1", "s2"), ("s2", "s1")])
+@pytest.mark.parametrize("rescore", [1, 3, 100])
+@pytest.mark.parametrize("where", [None, "split == 'test'"])
+def test_rescored_hits_are_the_shortlist_in_the_order_of_its_embeddings(retriever, archive, source, target, rescore, where):
+    k, row = 4, 9
+    bits = hamming(np.asarray(retriever.store.codes[target]), retriever.store.codes[source][row])
+    fine = cosines(retriever, target, source, row)
+    allowed = [i for i in range(48) if (source != target or i != row) and (not where or retriever.table["split"][i] == "test")]
+    short = sorted(allowed, key=lambda i: (bits[i], i))[:k*rescore]
+    got = retriever.query(archive.ids[row], source=source, target=target, k=k, rescore=rescore, where=where)
+    assert len(got) == min(k, len(allowed)) and set(got.rows) <= set(short)
+    assert np.allclose(got.dists, np.sort(fine[short])[:k], atol=1e-6)
+    assert got.table()["hamming"].tolist() == bits[got.rows].tolist() and got.n_bits is None
+    assert np.allclose(got.table()["distance"], fine[got.rows], atol=1e-6) and "hamming" in got.to_text()
+    if rescore == 100:
+        assert got.ids == retriever.query(archive.ids[row], source=source, target=target, k=k, by="embeddings", where=where).ids
+
+
+def test_rescore_needs_embeddings_and_a_number(tmp_path, retriever, archive):
+    name = archive.ids[0]
+    for bad in 0, -1, 1.5, True, "3":
+        with pytest.raises(InputError, match="rescore.*whole number"): retriever.query(name, rescore=bad)
+    with pytest.raises(InputError, match="nothing to score again"): retriever.query(name, by="embeddings", rescore=2)
+    with pytest.raises(InputError, match="number of results"): retriever.query(name, k=0, rescore=2)
+    bare = Retriever.build(retriever.method, archive, tmp_path/"r", progress=False, embeddings=False)
+    with pytest.raises(InputError, match="embeddings=True"): bare.query(name, rescore=2)
+    assert len(retriever.query(name, rescore=3, where="place == 'nowhere'")) == 0
+
+
+def test_within_a_radius(retriever, archive):
+    for source, target in ("s1", "s1"), ("s2", "s1"):
+        bits = hamming(np.asarray(retriever.store.codes[target]), retriever.store.codes[source][5])
+        for radius in 0, 3, 16:
+            allowed = [i for i in range(48) if bits[i] <= radius and (source != target or i != 5)]
+            got = retriever.within(archive.ids[5], radius, source=source, target=target)
+            assert got.rows.tolist() == sorted(allowed, key=lambda i: (bits[i], i)) and (got.dists == bits[got.rows]).all()
+            assert f"within {radius} bits" in repr(got) and "asked for" not in repr(got)
+            assert retriever.within(archive.ids[5], radius, source=source, target=target, k=2).ids == got.ids[:2]
+            lakes = retriever.within(archive.ids[5], radius, source=source, target=target, label="lake")
+            assert lakes.ids == [i for i, o in zip(got.ids, got.hits["labels"], strict=True) if "lake" in o]
+    for bad in -1, 17, 2.5, None, True:
+        with pytest.raises(InputError, match="no radius.*0 to 16"): retriever.within(archive.ids[0], bad)
+    with pytest.raises(InputError, match="number of results"): retriever.within(archive.ids[0], 3, k=0)
+    with pytest.raises(UnknownNameError, match="did you mean where"): retriever.within(archive.ids[0], 3, wher="x")
+
+
+@pytest.mark.parametrize("target", ["s1", "s2"])
+@pytest.mark.parametrize("label", [None, "lake"])
+def test_the_nearest_of_several_examples(retriever, archive, target, label):
+    rows, codes = [3, 30, 17], np.asarray(retriever.store.codes[target])
+    bits = np.min([hamming(codes, retriever.store.codes["s1"][i]) for i in rows], axis=0)
+    allowed = [i for i in range(48) if (target != "s1" or i not in rows) and (not label or label in retriever.table["labels"][i])]
+    wanted = sorted(allowed, key=lambda i: (bits[i], i))
+    for k in 1, 5, 100:
+        got = retriever.query_many([archive.ids[i] for i in rows], "min", source="s1", target=target, k=k, label=label)
+        assert got.rows.tolist() == wanted[:k] and (got.dists == bits[got.rows]).all() and got.n_bits == 16
+
+
+@pytest.mark.parametrize("target", ["s1", "s2"])
+def test_what_several_examples_have_in_common(retriever, archive, target):
+    rows = [3, 30, 17, 8]
+    votes = (2.*unpack_bits(retriever.store.codes["s1"][rows]) - 1).mean(0)
+    wrong = unpack_bits(np.asarray(retriever.store.codes[target])).astype(bool) != (votes > 0)
+    cost = (wrong*np.abs(votes)).sum(1)
+    allowed = [i for i in range(48) if target != "s1" or i not in rows]
+    got = retriever.query_many([archive.ids[i] for i in rows], source="s1", target=target, k=9)
+    assert got.rows.tolist() == sorted(allowed, key=lambda i: (cost[i], i))[:9] and np.allclose(got.dists, cost[got.rows])
+    labels = [set(retriever.table["labels"][i]) for i in rows]
+    assert got.query["labels"] == sorted(set.intersection(*labels))
+    nearest = retriever.query_many([archive.ids[i] for i in rows], "min", source="s1", target=target)
+    assert nearest.query["labels"] == sorted(set.union(*labels)) and " + " in repr(nearest)
+
+
+def test_examples_of_many_kinds(retriever, archive, tmp_path):
+    mixed = retriever.query_many([archive.ids[0], archive[5]["s2"], archive[9]["s1"].numpy()], target="s2", k=4)
+    assert len(mixed) == 4 and "sensor" not in mixed.query and mixed.query["ids"] == [archive.ids[0], "array", "array"]
+    for combine in "mean", "min":
+        one = retriever.query_many([archive.ids[4]], combine, source="s1", k=6)
+        assert one.ids == retriever.query(archive.ids[4], source="s1", k=6).ids and one.query["id"] == archive.ids[4]
+        assert len(retriever.query_many(archive.ids[:5], combine, source="s1", k=100)) == 43
+        with pytest.raises(InputError, match="number of results"): retriever.query_many(archive.ids[:2], combine, k=0)
+    for bad in "tiny_001", [], ():
+        with pytest.raises(InputError, match="no examples"): retriever.query_many(bad)
+    with pytest.raises(UnknownNameError, match="mean"): retriever.query_many(archive.ids[:2], "median")
+    with pytest.raises(UnknownNameError, match="did you mean label"): retriever.query_many(archive.ids[:2], labels="lake")
+    shown = Retriever(retriever.method, retriever.store, retriever.indexes, archive=archive)
+    assert shown.query_many(archive.ids[:3], k=2).to_html().count("<img") == 3
+
+
+def test_never_fewer_than_there_are(retriever, archive):
+    "Whatever the filters: as many hits as asked for, or all that match."
+    kinds = dict(where="split != 'train'", label="lake", box=(11.05, 47, 11.3, 49))
+    for pick in range(8):
+        chosen = {k: v for i, (k, v) in enumerate(kinds.items()) if pick >> i & 1}
+        rows = retriever.rows_where(**chosen)
+        allowed = set(range(48) if rows is None else rows.tolist()) - {0}
+        for k in 1, 7, 48:
+            for got in (retriever.query(archive.ids[0], k=k, **chosen), retriever.query(archive.ids[0], k=k, by="embeddings", **chosen),
+                        retriever.query(archive.ids[0], k=k, rescore=2, **chosen), retriever.feedback(archive.ids[0], k=k, **chosen),
+                        retriever.query_many([archive.ids[0]], k=k, **chosen)):
+                assert len(got) == min(k, len(allowed)) and set(got.rows.tolist()) <= allowed
+    assert retriever.query(archive.ids[0], k=1, box=kinds["box"]).info["box"] == "(11.05, 47, 11.3, 49)"
+    with pytest.raises(InputError, match="known date"): retriever.query(archive.ids[0], dates=("2018", None))
+
+
+def test_weighted_search_in_blocks():
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 4, (300, 4), dtype=np.uint8)                     # few values, so many ties
+    v = rng.integers(-2, 3, 32).astype(np.float32)
+    for rows in None, np.flatnonzero(rng.random(300) < .4), np.empty(0, np.int64):
+        all_rows = np.arange(300) if rows is None else rows
+        order = all_rows[np.argsort(weighted_distances(v, codes)[all_rows], kind="stable")]
+        for k in 1, 10, 77, 1000:
+            for block in 7, 64, 1000:
+                dists, got = weighted_nearest(v, codes, k, rows, block)
+                assert got.tolist() == order[:k].tolist() and np.array_equal(dists, weighted_distances(v, codes)[got])
+    with pytest.raises(InputError, match="another length"): weighted_nearest(v[:16], codes, 3)

@@ -6,7 +6,7 @@
 __all__ = ['common_sensors', 'describe_job', 'encode_batch', 'encode', 'skipped_patches', 'encode_run']
 
 # %% ../../nbs/71_engine.encode.ipynb #59cd1ed5
-import logging, shutil, zipfile
+import logging, shutil, time, zipfile
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -218,6 +218,7 @@ def _make_shards(method, archive, part, job, batch_size, num_workers, shard_size
     ranges = [range(i, min(i + shard_size, len(archive))) for i in starts]
     batches = [list(r[i:i + batch_size]) for r in ranges for i in range(0, len(r), batch_size)]
     reader = _Reader(archive, job['modalities'], method.img_size)
+    start = time.time()
     source = iter(DataLoader(reader, batch_sampler=batches, num_workers=num_workers, collate_fn=list))
     with tqdm(total=len(archive), initial=len(archive) - sum(map(len, ranges)), desc='encode', unit='patch',
               disable=not progress) as bar:
@@ -225,6 +226,9 @@ def _make_shards(method, archive, part, job, batch_size, num_workers, shard_size
             mine = _counted(source, -(-len(r)//batch_size), bar)
             shard = _make_shard(method, mine, job['modalities'], job['precision'], job['embeddings'])
             with atomic_path(_shard(part, r.start)) as file, open(file, 'wb') as f: np.savez(f, **shard)
+    n, seconds = sum(map(len, ranges)), time.time() - start
+    if n: log.info("%s patches of %s encoded in %.0f s, %.0f a second", f"{n:,}",
+                   ' and '.join(job['modalities']), seconds, n/max(seconds, 1e-9))
 
 # %% ../../nbs/71_engine.encode.ipynb #6492d0ac
 def _shard(part, start): return part/f'shard_{start:09d}.npz'

@@ -268,13 +268,16 @@ def write_gallery(
     seed:int=0, # of the draw
     label:str|None=None, # a class that hits, and queries that are drawn, must have
     file:dict|None=None, # how query files are read, as `Retriever.query` takes it
+    **more, # filters of hits and of queries that are drawn: box=, dates=, as `Retriever.query` takes them
 ) -> Path: # the page
     "Write a page of queries and their hits."
     archive = build_archive(load_run_config(run_dir).data)
     search = open_search(run_dir, archive)
-    queries = list(queries) or _drawn(search, source, where, label, n, seed)
-    options = dict(source=source, target=target, k=k, where=where, label=label, file=file)
-    parts = [search.query(o, **options)._repr_html_() for o in queries]
+    filters = dict(where=where, label=label, **more)
+    check_arguments(search.rows_where, filters, 'a filter')
+    queries = list(queries) or _drawn(search, source, filters, n, seed)
+    options = dict(source=source, target=target, k=k, file=file)
+    parts = [search.query(o, **options, **filters)._repr_html_() for o in queries]
     way = f"Queries from {source or 'their own sensor'}, hits from {target or 'the same sensor'}"
     lead = f"{way}, nearest first; {len(search):,} patches are searched."
     path = Path(path or Path(run_dir)/'gallery.html')
@@ -283,14 +286,16 @@ def write_gallery(
     return path
 
 # %% ../../nbs/76_engine.report.ipynb #81a6840d
-def _drawn(search, source, where, label, n, seed):
-    "Ids of `n` patches that `source` has seen and the filter lets through."
+def _drawn(search, source, filters, n, seed):
+    "Ids of `n` patches that `source` has seen and the filters let through."
     sensors = search.store.modalities
     if n < 1: raise InputError("no query is asked for", found=f"n={n}", wanted="1 or more")
     if source not in (None, *sensors): raise unknown_name('sensor', source, sensors)
-    rows, seen = search.rows_where(where, label), search.store.present(source or sensors[0])
+    rows, seen = search.rows_where(**filters), search.store.present(source or sensors[0])
     rows = np.flatnonzero(seen) if rows is None else rows[seen[rows]]
     if not len(rows): raise InputError("no patch can be drawn as a query",
-        found=f"where={where!r}, source={source or sensors[0]}", remedy="choose another filter or sensor")
+        found=f"{_told(filters)}source={source or sensors[0]}", remedy="choose another filter or sensor")
     rows = make_rng(seed, 'gallery').permutation(rows)[:n]
     return [search.store.ids[i] for i in rows]
+
+def _told(filters): return ''.join(f"{k}={v!r}, " for k, v in filters.items() if v is not None)

@@ -7,6 +7,7 @@ __all__ = ['Ranking']
 
 # %% ../../nbs/44_retrieval.ranking.ipynb #83c5beb9
 import json
+from html import escape
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import InputError, UnknownNameError, atomic_path, write_json
+from ..core import CorruptError, InputError, UnknownNameError, atomic_path, write_json
 from ..geo import wkb_to_geojson, write_geoparquet
 from ..html import html_gallery, html_page, html_table
 from ..show import show_ranking
@@ -23,7 +24,7 @@ from ..show import show_ranking
 class Ranking:
     "Hits of one query, best first."
     def __init__(self,
-        query:Mapping|str, # what was asked: `id`, and where known `sensor` and `labels`; or the id alone
+        query:Mapping|str, # what was asked: `id` (or `ids`) and where known `sensor`, `labels`; or the id
         ids:Any, # hits, best first: row numbers of `table`, or names from its column `id`, (k,)
         dists:Any, # their distances, rising, (k,)
         table:pd.DataFrame, # the archive's table: `id`, and where known labels, geometry, date, source, ...
@@ -32,14 +33,16 @@ class Ranking:
         k:int|None=None, # how many hits were asked for
         info:Mapping|None=None, # what made it: weights_hash, index, filters, ...
         picture:Callable|None=None, # (patch id, sensor) -> picture (H,W,3), floats 0..1
+        columns:Mapping|None=None, # more that is known of the hits, name -> (k,)
     ):
         self.query = dict(query) if isinstance(query, Mapping) else dict(id=query)
+        if 'ids' in self.query: self.query.setdefault('id', _joined([str(o) for o in self.query['ids']]))
         self.dists = np.asarray(dists)
         self.rows = _row_numbers(ids, table)
         if self.rows.shape != self.dists.shape:
             raise InputError("hits and distances differ in number",
                              found=f"{self.rows.shape} and {self.dists.shape}")
-        self.hits = table.iloc[self.rows].reset_index(drop=True)
+        self.hits = table.iloc[self.rows].reset_index(drop=True).assign(**(columns or {}))
         self.sensor, self.n_bits, self.k = sensor, n_bits, k or len(self.rows)
         self.info, self.picture = dict(info or {}), picture
 
@@ -51,6 +54,8 @@ class Ranking:
         return self.hits['id'].astype(str).tolist()
 
 # %% ../../nbs/44_retrieval.ranking.ipynb #6df48451
+def _joined(names): return ' + '.join(names if len(names) < 3 else [names[0], f'{len(names) - 1} more'])
+
 def _row_numbers(ids, table):
     ids = np.asarray(ids)
     if 'id' not in table.columns:
@@ -84,9 +89,10 @@ def relevance(self:Ranking) -> list: # True, False, or None where not known; one
 def _is_list(o): return isinstance(o, (list, tuple, set, np.ndarray))
 
 def _plain(o):
-    "What JSON can hold: missing values as None, numbers and dates as such, the rest as text."
+    "What JSON can hold: gaps as None, numbers and dates as such, the rest as text."
     if _is_list(o): return [_plain(x) for x in o]
     if o is None or isinstance(o, (str, bool)): return o
+    if isinstance(o, bytes): return _cell(o)
     if pd.api.types.is_scalar(o) and pd.isna(o): return None
     if isinstance(o, np.generic): return o.item()
     return o if isinstance(o, (int, float, dict)) else str(o)
@@ -124,8 +130,7 @@ def to_csv(self:Ranking,
 ) -> Path: # `path`
     "Write the table as CSV, footprints as GeoJSON text and labels joined by semicolons."
     df = self.table()
-    if 'geometry' in df: df['geometry'] = [_json_text(wkb_to_geojson(_bytes(o))) for o in df['geometry']]
-    for name in df: df[name] = ['; '.join(map(str, o)) if _is_list(o) else o for o in df[name]]
+    for name in df.columns[df.dtypes == object]: df[name] = [_cell(o) for o in df[name]]
     with atomic_path(path) as part: df.to_csv(part, index=False)
     return _with_provenance(self, path)
 
@@ -157,7 +162,15 @@ def to_geojson(self:Ranking,
     return _with_provenance(self, path)
 
 # %% ../../nbs/44_retrieval.ranking.ipynb #d596a74e
-def _json_text(value): return '' if value is None else json.dumps(value)
+def _cell(o):
+    "What a cell of a CSV file can hold."
+    if isinstance(o, (bytes, bytearray, memoryview)): return json.dumps(_shape(bytes(o)))
+    return '; '.join(map(str, o)) if _is_list(o) else o
+
+def _shape(o):
+    "Bytes of a shape as GeoJSON, other bytes as hexadecimal text."
+    try: return wkb_to_geojson(o)
+    except CorruptError: return o.hex()
 
 def _bytes(o): return bytes(o) if isinstance(o, (bytes, bytearray, memoryview)) else None
 
@@ -181,11 +194,17 @@ def _cards(self:Ranking, picture):
     dists = [int(o) if self.n_bits else float(o) for o in self.dists]
     hits = [card(n, self.sensor, o, relevance=r, distance=d)
             for n, o, r, d in zip(self.ids, labels, self.relevance, dists, strict=True)]
-    name, known = self.query.get('id'), 'picture' in self.query
-    query = None
-    if known: query = dict(rgb=self.query['picture'], alt='the query', caption=str(name or 'query'))
-    elif name: query = card(str(name), self.query.get('sensor'), self.query.get('labels'))
+    name, sensor, asked = self.query.get('id'), self.query.get('sensor'), self.query.get('ids')
+    query, rgb = None, self.query.get('picture')
+    if rgb is None and asked: rgb = _side_by_side([make(str(o), sensor) for o in asked])
+    if rgb is not None: query = dict(rgb=rgb, alt='the query', caption=str(name or 'query'))
+    elif name: query = card(str(name), sensor, self.query.get('labels'))
     return query, hits
+
+def _side_by_side(pictures):
+    "Up to four pictures of one height as one."
+    first = pictures[0]
+    return np.hstack([o for o in pictures[:4] if np.shape(o)[0] == np.shape(first)[0]])
 
 # %% ../../nbs/44_retrieval.ranking.ipynb #4780dba8
 @patch
@@ -193,6 +212,7 @@ def _title(self:Ranking):
     "What was asked of what, and, where there are fewer hits than asked for, that."
     source, target = self.query.get('sensor'), self.sensor
     way = f", {source} to {target}" if source and target else ''
+    if 'radius' in self.info: way += f", within {self.info['radius']} bits"
     fewer = f" ({len(self)} of the {self.k} asked for: no more match)" if len(self) < self.k else ''
     return f"{self.query.get('id', 'Query')}{way}{fewer}"
 
@@ -207,7 +227,7 @@ def to_text(self:Ranking,
     short = lambda o: o if len(o) <= width else o[:width - 1] + '…'
     shown = dict(rank=np.arange(1, len(self) + 1), id=self.ids, distance=self.dists.round(4),
                  relevant=[{True: 'yes', False: 'no'}.get(o, '') for o in self.relevance])
-    for name in (o for o in ('labels', 'date') if o in self.hits):
+    for name in (o for o in ('hamming', 'labels', 'date') if o in self.hits):
         shown[name] = [short(words(o)).removesuffix(' 00:00:00') for o in self.hits[name]]
     df = pd.DataFrame(shown)
     df = df[[o for o in df if (df[o].astype(str) != '').any()]]
@@ -245,14 +265,20 @@ def to_html(self:Ranking,
     return page
 
 # %% ../../nbs/44_retrieval.ranking.ipynb #020ccf42
+_SHOWN = 'id', 'distance', 'hamming', 'relevant', 'labels', 'datetime', 'split'
+
 @patch
 def _html_table(self:Ranking):
-    df = self.table().drop(columns=['geometry', 'query_id', 'direction'], errors='ignore').set_index('rank')
-    df = df.dropna(axis=1, how='all')
-    for name in df.columns.difference(['hamming', 'distance', 'score']):
-        df[name] = [', '.join(map(str, o)) if _is_list(o) else o if _plain(o) is not None else ''
-                    for o in df[name]]
-    return html_table(df, self._title())
+    df = self.table().set_index('rank')
+    df = df[[o for o in _SHOWN if o in df]].dropna(axis=1, how='all')
+    text = lambda o: '' if _plain(o) is None else str(_plain(o))
+    words = lambda o: ', '.join(map(str, o)) if _is_list(o) else text(o)
+    for name in df.columns.difference(['hamming', 'distance']):
+        df[name] = [words(o).removesuffix(' 00:00:00') for o in df[name]]
+    same = [o for o in df if len(df) > 1 and o not in ('id', 'hamming', 'distance') and df[o].nunique() == 1]
+    told = '; '.join(f"{o} {df[o].iloc[0]}" for o in same)
+    told = f'<p class="rsir quiet">The same in all: {escape(told)}.</p>' if told else ''
+    return html_table(df.drop(columns=same), self._title()) + told
 
 @patch
 def _repr_html_(self:Ranking):
