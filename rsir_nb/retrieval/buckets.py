@@ -86,8 +86,9 @@ class BucketTables:
         cuts = _cuts(index.n_bits, n)
         base = np.concatenate([[0], np.cumsum(2**np.diff(cuts) + 1)])
         starts, places = np.zeros(base[-1], np.uint32), np.empty((len(cuts) - 1, n), np.uint32)
-        run_tasks([partial(_fill_table, blocks, n, cuts[t], cuts[t + 1], starts[base[t]:base[t + 1]], places[t])
-              for t in range(len(cuts) - 1)], count_threads(index.threads))
+        fill = lambda t: partial(_fill_table, blocks, n, cuts[t], cuts[t + 1], starts[base[t]:base[t + 1]],
+                                 places[t])
+        run_tasks([fill(t) for t in range(len(cuts) - 1)], count_threads(index.threads))
         self._set(cuts, base, starts, places)
 
     def _set(self, *arrays):
