@@ -28,10 +28,12 @@ def _evaluation(run, protocol):
                            remedy=f"rsir evaluate {Path(run).name} --protocol {protocol}")
 
 def _own(found:Evaluation):
-    "Scores of the run's own system, a table a direction."
+    "Scores of the run's own system, a table a direction, and how many patches could answer there."
     name, kind = found.about['ours']
-    rows = found.queries[(found.queries.system == name) & (found.queries.kind == kind)]
-    return {str(d): o.set_index('id') for d, o in rows.groupby('direction', observed=True, sort=False)}
+    ours = lambda t: t[(t.system == name) & (t.kind == kind)]
+    answers = ours(found.table).groupby('direction')['n_items'].first()
+    tables = ours(found.queries).groupby('direction', observed=True, sort=False)
+    return {str(d): (o.set_index('id'), int(answers[d])) for d, o in tables}
 
 # %% ../../nbs/74b_engine.compare.ipynb #b3ddea7f
 def _check_alike(a, b, runs):
@@ -43,14 +45,20 @@ def _check_alike(a, b, runs):
     x, y = _own(a), _own(b)
     both = [d for d in x if d in y]
     if not both: differ('directions', ', '.join(x), ', '.join(y))
-    answers = [o.table.drop_duplicates('direction').set_index('direction')['n_items'] for o in (a, b)]
+    found = {}
     for d in both:
-        one, other = set(x[d].index), set(y[d].index)
-        if one != other: raise InputError(f"these runs cannot be compared: they asked other queries from {d}",
-            found=f"{len(one)} in {runs[0]}, {len(other)} in {runs[1]}, {len(one & other)} in both",
-            remedy="evaluate both on the same archive")
-        differ(f'numbers of answers from {d}', int(answers[0][d]), int(answers[1][d]))
-    return {d: (x[d], y[d].loc[x[d].index]) for d in both}
+        (one, n), (other, m) = x[d], y[d]
+        shared = len(one.index.intersection(other.index))
+        if not shared == len(one) == len(other):
+            raise InputError(f"these runs cannot be compared: they asked other queries from {d}",
+                found=f"{len(one)} in {runs[0]}, {len(other)} in {runs[1]}, {shared} in both",
+                remedy="evaluate both on the same archive")
+        differ(f'numbers of answers from {d}', n, m)
+        found[d] = one, other.loc[one.index]
+        moved = int((one['place'].astype(str) != found[d][1]['place'].astype(str)).sum())
+        if moved: raise InputError("these runs cannot be compared: they have other places",
+            found=f"{moved} of {len(one)} queries from {d} moved", remedy="evaluate both on the same archive")
+    return found
 
 # %% ../../nbs/74b_engine.compare.ipynb #9f0fd209
 def _column(tables, metric, k):

@@ -45,9 +45,10 @@ class Evaluation:
     @property
     def queries(self) -> pd.DataFrame: # system, kind, direction, id, place, and columns like map@10
         "The scores of every query at the protocol's depths and the deepest, read when they are asked for."
-        if isinstance(self.source, Path) and self.source.is_file(): self.source = pd.read_parquet(self.source)
-        if isinstance(self.source, pd.DataFrame): return self.source
-        raise MissingFileError("this evaluation kept no scores of single queries", remedy="evaluate again")
+        if self.source is None:
+            raise MissingFileError("no scores of single queries were kept here", remedy="evaluate again")
+        if isinstance(self.source, Path): self.source = pd.read_parquet(self.source)
+        return self.source
 
     def pivot(self,
         metric:str='map', # a metric's name
@@ -308,6 +309,6 @@ def load_evaluation(
     path:str|Path, # folder that `Evaluation.save` wrote
 ) -> Evaluation: # with its tables
     "Read an evaluation again."
-    path = Path(path)
+    path, queries = Path(path), Path(path)/'queries.parquet'
     tables = [pd.read_csv(path/o) for o in ('scores.csv', 'margins.csv')]
-    return Evaluation(*tables, read_json(path/'evaluation.json'), path/'queries.parquet')
+    return Evaluation(*tables, read_json(path/'evaluation.json'), queries if queries.is_file() else None)

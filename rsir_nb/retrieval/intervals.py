@@ -8,6 +8,7 @@ __all__ = ['Interval', 'bootstrap_ci', 'paired_difference_ci', 'sign_flip_test']
 # %% ../../nbs/43b_retrieval.intervals.ipynb #419705d0
 from typing import Any, Callable, NamedTuple, Sequence
 
+import numba
 import numpy as np
 import pandas as pd
 
@@ -35,17 +36,22 @@ def bootstrap_ci(
     pick = (lambda m: m[..., 0][()]) if combine is None and x.ndim == 1 else combine or (lambda m: m)
     if not counts.sum(): return Interval(*[pick(np.full(sums.shape[1], np.nan))]*3)
     rng, drawn = make_rng(seed, 'bootstrap'), np.empty((n, sums.shape[1]))
-    for i in range(0, n, step := max(1, 2**23 // len(counts))):
-        times = _draw(rng, len(counts), min(step, n - i))
-        drawn[i:i+step] = times @ sums / (times @ counts)[:, None]
+    room = np.empty((min(n, max(1, 2**23 // len(counts))), len(counts)))
+    for i in range(0, n, len(room)):
+        times = _draw(rng, room[:n - i])
+        drawn[i:i+len(room)] = times @ sums / (times @ counts)[:, None]
     low, high = np.quantile(pick(drawn), [(1 - level)/2, (1 + level)/2], axis=0)
     return Interval(pick(sums.sum(0)/counts.sum()), low, high)
 
 # %% ../../nbs/43b_retrieval.intervals.ipynb #75b82343
-def _draw(rng, n_groups, n):
-    "How often each group is drawn, in `n` drawings: float64 (n,n_groups)."
-    times = np.empty((n, n_groups))
-    for row in times: row[:] = np.bincount(rng.integers(0, n_groups, n_groups), minlength=n_groups)
+@numba.njit(nogil=True, cache=False)
+def _count(drawn, row):
+    row[:] = 0
+    for o in drawn: row[o] += 1
+
+def _draw(rng, times):
+    "Fill the rows of `times` (n,G), each with how often every group is drawn."
+    for row in times: _count(rng.integers(0, len(row), len(row)), row)
     return times
 
 def _group_sums(x, groups):

@@ -106,29 +106,30 @@ def _ideal_dcg(at_least, ks, discounts):
 
 # %% ../../nbs/43a_retrieval.judging.ipynb #5de93a7e
 @_jit
-def _walk(ids, start, stop, query, items, size, n_relevant, gains, discounts, levels, union, hits, sums):
+def _walk(ids, start, stop, query, items, size, n_relevant, gains, discounts, inverse, levels, union, hits,
+          sums):
     rel, sub, ap, sub_ap, shared, wap, dcg, precision, pair, early, s, z = sums
     for i in range(start, stop):
-        common, width = np.uint64(0), np.uint64(0)
+        common, width = 0, 0
         for w in range(len(query)):
             word = items[ids[i], w]
             both = word & query[w]
             union[w] |= both
-            common += _popcount(both)
-            width += _popcount(word)
+            common += np.int64(_popcount(both))
+            width += np.int64(_popcount(word))
         s, z, hits[i] = float(common), float(width), common > 0
         if common:
             rel += 1
-            ap += rel/(i + 1)
+            ap += rel*inverse[i + 1]
             shared += s
-            wap += shared/(i + 1)
-            dcg += gains[np.int64(common)]*discounts[i]
-            levels[np.int64(common)] += 1
-            precision += s/z
-            pair += 2*s/(size + z)
+            wap += shared*inverse[i + 1]
+            dcg += gains[common]*discounts[i]
+            levels[common] += 1
+            precision += s*inverse[width]
+            pair += 2*s*inverse[size + width]
             if common == width:
                 sub += 1
-                sub_ap += sub/(i + 1)
+                sub_ap += sub*inverse[i + 1]
         if i + 1 == n_relevant: early = rel
     return rel, sub, ap, sub_ap, shared, wap, dcg, precision, pair, early, s, z
 
@@ -196,7 +197,7 @@ def _tie_aware(hits, dists, ks, n_relevant, out):
 # %% ../../nbs/43a_retrieval.judging.ipynb #ac715224
 @_jit
 def _judge(ids, dists, deep, queries, items, which, at_least, ideal, ks, gains, discounts, discount_sums,
-           out):
+           inverse, out):
     n, n_words, last = ids.shape[1], queries.shape[1], out.shape[1]
     hits, union = np.empty(n, np.bool_), np.empty(n_words, np.uint64)
     levels = np.empty(len(gains), np.int64)
@@ -205,15 +206,15 @@ def _judge(ids, dists, deep, queries, items, which, at_least, ideal, ks, gains, 
         for w in range(n_words): size += np.int64(_popcount(queries[q, w]))
         levels[:], union[:] = 0, 0
         sums = (0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0.)
-        for t in range(len(ks)):
-            sums = _walk(ids[q], start, ks[t], queries[q], items, size, n_relevant, gains, discounts,
+        for t in range(len(ks) + 1):
+            stop, covered = ks[t] if t < len(ks) else n, 0.
+            sums = _walk(ids[q], start, stop, queries[q], items, size, n_relevant, gains, discounts, inverse,
                          levels, union, hits, sums)
-            start, covered = ks[t], 0.
+            if t == len(ks): break
             for w in range(n_words): covered += _popcount(union[w])
-            found = _read_off(ks[t], size, n_relevant, ideal[which[q], t], covered, sums)
+            found = _read_off(stop, size, n_relevant, ideal[which[q], t], covered, sums)
             for m in range(len(found)): out[q, m, t] = found[m]
-        _walk(ids[q], start, n, queries[q], items, size, n_relevant, gains, discounts, levels, union, hits,
-              sums)
+            start = stop
         for t in range(len(ks)):
             best = _best_order(levels[:size + 1], ks[t], gains, discount_sums)
             out[q, WAITS, t] = _ratio(out[q, WAITS, t], best)
@@ -236,6 +237,7 @@ class Judge:
         self.ks, self._back = np.unique(check_depths(ks, depth), return_inverse=True)
         self.n_items, self._gains = len(items) - leave_out, np.exp2(np.arange(queries.n_labels + 1)) - 1
         self._discounts = 1/np.log2(2 + np.arange(depth))
+        self._inverse = 1/np.maximum(1, np.arange(max(depth, 2*queries.n_labels) + 1))
         self._sums = np.concatenate([[0.], np.cumsum(self._discounts)])
         self._which, self._at_least = count_relevant(queries, items, leave_out, threads)
         self._ideal = _ideal_dcg(self._at_least, self.ks, self._sums)
@@ -278,6 +280,7 @@ def _scores(self:Judge, words, ids, rows, deep, dists):
     which, deep = self._which[rows], deep or dists.shape[1] > 0
     def judge(i, j):
         _judge(ids[i:j], dists[i:j], deep, words[i:j], self.items.words, which[i:j], self._at_least,
-               self._ideal, self.ks, self._gains, self._discounts, self._sums, out[i:j])
+               self._ideal, self.ks, self._gains, self._discounts, self._sums,
+               self._inverse, out[i:j])
     _deal(len(ids), judge, self.threads)
     return out
