@@ -225,7 +225,8 @@ def ndcg_at_k(
 
 # %% ../../nbs/43_retrieval.metrics.ipynb #f9804843
 def _dcg(overlap):
-    return np.cumsum((np.exp2(overlap) - 1) / np.log2(2 + np.arange(overlap.shape[1])), axis=1)
+    gains = np.exp2(np.asarray(overlap, dtype=np.float64)) - 1
+    return np.cumsum(gains / np.log2(2 + np.arange(overlap.shape[1])), axis=1)
 
 def _ideal(histogram, n):
     "The `n` largest overlaps of the archive, falling, (Q,n)."
