@@ -8,7 +8,7 @@ __all__ = ['app', 'groups', 'KINDS', 'FACTS', 'main', 'list_command', 'pretrain_
            'duplicates_command', 'demo_command']
 
 # %% ../nbs/91_cli.ipynb #2d002aa1
-import importlib, logging, os, sys
+import logging, os, sys
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # read when torch is loaded, below
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from .config import list_configs, load_config, load_run_config
 from .core import BACKBONES, DATASETS, INDEXES, LOSSES, METHODS, InputError, RsirError, unknown_name
+from .engine.compare import compare_runs
 from .engine.duplicates import told_duplicates, write_duplicates
 from .engine.encode import encode_run
 from .engine.evaluate import evaluate
@@ -214,7 +215,6 @@ def compare_command(
     csv:Annotated[Path, typer.Option(help="Write the table.")]=None, # to here
 ):
     "Say by how much one run is better than another, in every direction, and how sure that is."
-    compare_runs = importlib.import_module('rsir_nb.engine.compare').compare_runs
     table = compare_runs(run_a, run_b, protocol=protocol, metric=metric, k=k)
     print(table.round(4).to_string(index=False))
     if csv: table.to_csv(csv, index=False)

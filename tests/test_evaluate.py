@@ -141,13 +141,13 @@ def test_only_what_was_measured_is_drawn(store, tmp_path):
     few = evaluate_store(store, "csmae", metrics=["ndcg"], drawings=20)
     assert set(few.table.metric) == {"map", "ndcg"} and set(few.margins.metric) == {"map"} and few.curves == []
     few.save(tmp_path/"few")
-    assert {o.name for o in (tmp_path/"few").iterdir()} == {"scores.csv", "margins.csv", "evaluation.json"}
+    assert {o.name for o in (tmp_path/"few").iterdir()} == {"scores.csv", "margins.csv", "queries.parquet", "evaluation.json"}
     with pytest.raises(InputError, match="no curve of precision"): few.show_curves()
 
 
 def test_it_is_read_again_and_made_again_when_asked_otherwise(run, found):
     folder = f"{run.out}/evaluation/csmae"
-    names = {"scores.csv", "margins.csv", "evaluation.json", "precision.png", "recall.png"}
+    names = {"scores.csv", "margins.csv", "queries.parquet", "evaluation.json", "precision.png", "recall.png"}
     import os
     assert set(os.listdir(folder)) == names
     before = os.stat(f"{folder}/scores.csv").st_mtime_ns

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'CURVE_DEPTHS', 'Protocol', 'get_protocol', 'Direction', 'directions', 'group_parts', 'store_labels',
-           'System', 'rank_direction', 'Result', 'score_direction', 'tabulate', 'compare']
+           'System', 'make_index', 'Ranker', 'rank_direction', 'Result', 'score_direction', 'tabulate', 'compare']
 
 # %% ../../nbs/74_engine.protocols.ipynb #4123466b
 from dataclasses import dataclass
-from typing import Sequence
+from itertools import chain
+from typing import Any, Sequence
 
+import numba
 import numpy as np
 import pandas as pd
 
@@ -17,7 +19,10 @@ from ..core import InputError, unknown_name
 from ..data.base import Vocab
 from ..retrieval.codes import CodeStore
 from ..retrieval.hamming import HammingIndex
-from ..retrieval.scores import drop_own, paired_difference_ci, score_rankings, summarise
+from ..retrieval.index import Index
+from ..retrieval.intervals import paired_difference_ci
+from ..retrieval.judging import LabelSets
+from ..retrieval.scores import Scorer, choose_metrics, drop_own, summarise
 from ..retrieval.vectors import VectorIndex
 
 # %% ../../nbs/74_engine.protocols.ipynb #b17b0279
@@ -70,9 +75,11 @@ class Direction:
 def directions(
     store:CodeStore, # of `encode`
     protocol:str|Protocol, # who asks and who answers
+    labels:np.ndarray|None=None, # of `store_labels`, where they are known already
 ) -> list[Direction]: # all ordered pairs of sensors
     "Every direction between the sensors of `store`."
-    o, labelled, found = get_protocol(protocol), store_labels(store).any(1), []
+    labelled = (store_labels(store) if labels is None else labels).any(1)
+    o, found = get_protocol(protocol), []
     asks, answers = (_in_split(store, name) for name in (o.query, o.archive))
     leave_out = o.leave_out or np.array_equal(asks, answers) # nobody is its own answer
     for s in store.modalities:
@@ -130,8 +137,10 @@ def store_labels(
     if not any(len(o) for o in lists):
         raise InputError(f"the patches in {store.path.name} have no labels",
                          remedy="an archive without labels can be searched but not evaluated")
-    vocab = Vocab(names)
-    return np.stack([vocab.encode(o).numpy() for o in lists]).astype(np.uint8)
+    vocab, flat = Vocab(names), list(chain.from_iterable(lists))
+    place, labels = {o: vocab.index(o) for o in set(flat)}, np.zeros((len(lists), len(vocab)), dtype=np.uint8)
+    labels[np.repeat(np.arange(len(lists)), [len(o) for o in lists]), [place[o] for o in flat]] = 1
+    return labels
 
 # %% ../../nbs/74_engine.protocols.ipynb #ff6e179a
 @dataclass(frozen=True)
@@ -148,28 +157,72 @@ class System:
         "Length of a code; 0 for what is no code."
         return self.store.n_bits if self.kind == 'binary' else 0
 
+    def vectors(self,
+        sensor:str, # e.g. 's1'
+        rows:np.ndarray, # row numbers of the store, (n,)
+    ) -> np.ndarray: # packed codes uint8, or embeddings float32, (n,...)
+        "What is compared."
+        x = self.store.codes if self.kind == 'binary' else self.store.embeddings
+        return np.ascontiguousarray(x[sensor][rows], None if self.kind == 'binary' else np.float32)
+
 # %% ../../nbs/74_engine.protocols.ipynb #c9e5629a
+def make_index(
+    system:System, # what ranks
+    d:Direction, # whose items are to be found
+) -> Index|None: # of the items of `d`, by their position; None for random order
+    "An index of one sensor's items, for all directions that end there."
+    if system.kind == 'random': return None
+    x = system.vectors(d.target, d.items)
+    index = HammingIndex(8*x.shape[1]) if system.n_bits else VectorIndex(x.shape[1], system.metric)
+    index.add(x)
+    return index
+
+# %% ../../nbs/74_engine.protocols.ipynb #dedbaff1
+class Ranker:
+    "The answers of one system in one direction, block by block."
+    def __init__(self,
+        system:System, # what ranks
+        d:Direction, # who asks and who answers
+        depth:int, # results wanted for each query
+        seed:int=0, # of the random order
+        index:Index|None=None, # of `make_index`; made here by default
+    ):
+        self.system, self.d, self.left = system, d, d.own is not None
+        self.k = min(depth, len(d.items) - self.left) + self.left
+        self.index = make_index(system, d) if index is None else index
+        self.rng, self.order = np.random.default_rng([seed, len(d.name)]), np.arange(len(d.items))
+
+    def __call__(self,
+        rows:slice, # which queries; for random order one block after the other
+    ) -> tuple[np.ndarray, np.ndarray]: # distances and positions in `d.items`, (B,k')
+        "Rank the items for some queries."
+        queries = self.d.queries[rows]
+        if self.index is None:
+            ids = np.empty((len(queries), self.k), dtype=np.int64)
+            _shuffle(self.order, self.rng.random(ids.shape), ids)
+            dists = np.broadcast_to(np.arange(self.k, dtype=np.float64), ids.shape)
+        else: dists, ids = self.index.search(self.system.vectors(self.d.source, queries), self.k)
+        return drop_own(ids, self.d.own[rows], dists)[::-1] if self.left else (dists, ids)
+
+# %% ../../nbs/74_engine.protocols.ipynb #38f390e8
+@numba.njit(nogil=True)
+def _shuffle(order, luck, out):
+    "The first places of `order` when it is shuffled on, once a row of `luck`."
+    for q in range(len(luck)):
+        for i in range(luck.shape[1]):
+            j = i + int(luck[q, i]*(len(order) - i))
+            order[i], order[j] = order[j], order[i]
+            out[q, i] = order[i]
+
+# %% ../../nbs/74_engine.protocols.ipynb #b2520f30
 def rank_direction(
     system:System, # what ranks
     d:Direction, # who asks and who answers
     depth:int, # results wanted for each query
     seed:int=0, # of the random order
 ) -> tuple[np.ndarray, np.ndarray]: # distances and positions in `d.items`, (Q,k'), k' = min(depth, answers)
-    "The answers of one system in one direction."
-    left = d.own is not None
-    k = min(depth, len(d.items) - left) + left
-    if system.kind == 'random':
-        keys = np.random.default_rng([seed, len(d.name)]).random((len(d.queries), len(d.items)))
-        ids = np.argsort(keys, axis=1)[:, :k]
-        dists = np.take_along_axis(keys, ids, axis=1)
-    else:
-        x = system.store.codes if system.kind == 'binary' else system.store.embeddings
-        wide = lambda o: np.ascontiguousarray(o, None if system.kind == 'binary' else np.float32)
-        width = x[d.target].shape[1]
-        index = HammingIndex(8*width) if system.n_bits else VectorIndex(width, system.metric)
-        index.add(wide(x[d.target][d.items]))
-        dists, ids = index.search(wide(x[d.source][d.queries]), k)
-    return drop_own(ids, d.own, dists)[::-1] if left else (dists, ids)
+    "All answers of one system in one direction."
+    return Ranker(system, d, depth, seed)(slice(None))
 
 # %% ../../nbs/74_engine.protocols.ipynb #830a2b64
 @dataclass
@@ -191,23 +244,34 @@ def score_direction(
     depth:int=1000, # how deep is looked at most
     metrics:Sequence[str]|None=None, # names in `METRICS`; all that can be computed by default
     seed:int=0, # of the random order
+    memory_mb:int=256, # for the rankings that exist at a time, in MiB
+    labels:LabelSets|None=None, # of the whole store, where they are known already
+    index:Index|None=None, # of `make_index`, where it was made for another direction
+    bar:Any=None, # of tqdm, moved on by the queries that are done
 ) -> Result: # the scores of every query
-    "Rank and score one direction."
-    parts, table, labels = group_parts(d), system.store.table, store_labels(system.store)
-    n_items = min(len(o.items) - (o.own is not None) for _, o in parts)
-    n = min(depth, n_items)
+    "Rank and score one direction, block by block."
+    parts, table = group_parts(d), system.store.table
+    if labels is None: labels = LabelSets(store_labels(system.store))
+    sizes = [len(o.items) - (o.own is not None) for _, o in parts]
+    n = min(depth, min(sizes))
     ks = sorted({min(k, n) for k in (*ks, *CURVE_DEPTHS, n) if k <= n or k in ks})
-    found = []
-    for _, o in parts:
-        dists, ids = rank_direction(system, o, n, seed)
-        found.append(score_rankings(ids, labels[o.queries], labels[o.items], ks, metrics, dists, o.own))
-    order = np.argsort(np.concatenate([at for at, _ in parts]))
-    names = [k for k in found[0] if all(k in o for o in found)]
-    scores = {k: np.concatenate([o[k] for o in found])[order] for k in names}
+    names = choose_metrics(metrics, max(sizes) == n, True)
+    scores, step = {o: np.empty((len(d.queries), len(ks))) for o in names}, _block(n, memory_mb)
+    for at, o in parts:
+        rank = Ranker(system, o, n, seed, index if d.groups is None else None)
+        score = Scorer(labels.take(o.queries), labels.take(o.items), ks, n, names, o.own)
+        for rows in (slice(i, i + step) for i in range(0, len(at), step)):
+            dists, ids = rank(rows)
+            for name, values in score(ids, rows, dists).items(): scores[name][at[rows]] = values
+            if bar is not None: bar.update(len(ids))
     rows = table.iloc[d.queries]
     known = 'place' in rows and rows['place'].notna().all()
     places = (rows['place'] if known else rows['id']).astype(str).to_numpy()
-    return Result(system, d.name, rows['id'].astype(str).to_numpy(), places, n_items, ks, scores)
+    return Result(system, d.name, rows['id'].astype(str).to_numpy(), places, min(sizes), ks, scores)
+
+def _block(depth, memory_mb):
+    "Queries whose rankings fit: about 64 bytes a result while they are found, chosen and judged."
+    return max(1, memory_mb*2**20 // (64*(depth + 64)))
 
 CURVE_DEPTHS = 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000
 
@@ -242,11 +306,12 @@ def compare(
     for o in results:
         a = mine.get(o.direction)
         if a is None or o is a: continue
-        _, i, j = np.intersect1d(a.ids, o.ids, return_indices=True)
+        i = j = np.arange(len(a.ids))
+        if not np.array_equal(a.ids, o.ids): _, i, j = np.intersect1d(a.ids, o.ids, return_indices=True)
         depth = k or min(a.ks[-1], o.ks[-1])
         x, y = a.scores[metric][i, a.ks.index(depth)], o.scores[metric][j, o.ks.index(depth)]
         gap = paired_difference_ci(x, y, drawings, seed, a.places[i])
-        rows.append(dict(direction=o.direction, system=o.system.name, kind=o.system.kind, metric=metric,
-                         k=depth, ours=np.nanmean(x), theirs=np.nanmean(y), n_queries=len(i),
-                         **dict(zip(('difference', 'ci_low', 'ci_high'), map(float, gap), strict=True))))
-    return pd.DataFrame(rows)
+        rows.append((o.direction, o.system.name, o.system.kind, metric, depth, np.nanmean(x), np.nanmean(y),
+                     len(i), *map(float, gap)))
+    return pd.DataFrame(rows, columns=['direction', 'system', 'kind', 'metric', 'k', 'ours', 'theirs',
+                                       'n_queries', 'difference', 'ci_low', 'ci_high'])
