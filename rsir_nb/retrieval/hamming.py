@@ -80,7 +80,8 @@ def _nearest(self:HammingIndex, xq, k, rows):
     def part(group, piece):
         lo, hi = piece
         size = min(k, int(np.bitwise_count(allowed[lo//64:-(-hi//64)]).sum()) if allowed.size else hi - lo)
-        found = np.empty((group[1]-group[0], size), np.int32), np.empty((group[1]-group[0], size), np.int64)
+        if len(pieces) == 1: found = dists[slice(*group)], at[slice(*group)]
+        else: found = tuple(np.empty((group[1] - group[0], size), o.dtype) for o in (dists, at))
         def ask(queries, guess, *out):
             return scan(words, lo, hi, queries, self.n_bits, k, guess, allowed, *out)
         some = xq[slice(*group)]
@@ -91,9 +92,9 @@ def _nearest(self:HammingIndex, xq, k, rows):
             ask(some[short], False, *again)
             for o, new in zip(found, again, strict=True): o[short] = new
         return found
-    found = run_tasks([partial(part, g, p) for g in groups for p in pieces], threads)
     dists, at = np.empty((len(xq), k), np.int32), np.empty((len(xq), k), np.int64)
-    for i, (lo, hi) in enumerate(groups):
+    found = run_tasks([partial(part, g, p) for g in groups for p in pieces], threads)
+    for i, (lo, hi) in enumerate(groups if len(pieces) > 1 else ()):
         dists[lo:hi], at[lo:hi] = merge_nearest(found[i*len(pieces):(i+1)*len(pieces)], k)
     return dists, at if origin is None else origin[at]
 

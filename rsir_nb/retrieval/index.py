@@ -60,7 +60,7 @@ def search(self:Index,
     if not k or not len(xq):
         return np.empty((len(xq), k), dtype=self.dist_type), np.empty((len(xq), k), dtype=np.int64)
     dists, at = self._nearest(xq, k, rows)
-    return dists, self._ids[at]
+    return dists, self._ids_at(at)
 
 # %% ../../nbs/40a_retrieval.index.ipynb #b66bc929
 @patch
@@ -79,7 +79,7 @@ def range_search(self:Index,
     query, dists, at = self._within(xq, radius, rows)
     order = np.lexsort((at, dists, query))
     lims[1:] = np.cumsum(np.bincount(query, minlength=len(xq)))
-    return lims, dists[order], self._ids[at[order]]
+    return lims, dists[order], self._ids_at(at[order])
 
 # %% ../../nbs/40a_retrieval.index.ipynb #08bce26d
 @patch
@@ -159,6 +159,12 @@ def as_positions(
 ) -> np.ndarray: # int64, rising
     "The positions that a filter allows."
     return np.flatnonzero(rows) if rows.dtype == bool else rows
+
+@patch
+def _ids_at(self:Index, at):
+    "The ids of positions; rising ids from 0 to n-1 are the positions."
+    plain = self._rising and self._n and self._ids[0] == 0 and self._ids[self._n - 1] == self._n - 1
+    return at if plain else self._ids[at]
 
 def _count(rows): return int(np.count_nonzero(rows)) if rows.dtype == bool else len(rows)
 
