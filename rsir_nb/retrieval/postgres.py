@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PostgresIndex']
 
-# %% ../../nbs/45d_retrieval.postgres.ipynb #cab559b3
+# %% ../../nbs/45d_retrieval.postgres.ipynb #feb9cefa
 import logging
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..core import INDEXES, InputError, UnknownNameError, unknown_name
 from .codes import check_codes
 from .database import (Database, add_vector, build_graph, find_vector, has_graph,
                                         need_psycopg, split_dsn)
+from .engines import ENGINES
 from .hamming import HammingIndex
 from .index import Index, _check_k, _whole_numbers
 from .rows import (CodeTable, _bits, _fixed, _ids_to_add, _whole, bit_strings, copy_in,
@@ -239,7 +240,7 @@ def _graph_made(self:PostgresIndex, cur, m=16, ef_construction=64, memory='256MB
     build_graph(cur, self.at.sql('{t}'), schema, m, ef_construction, memory, workers)
     return True
 
-# %% ../../nbs/45d_retrieval.postgres.ipynb #cc19b921
+# %% ../../nbs/45d_retrieval.postgres.ipynb #fc2da6d9
 @patch
 def make_graph(self:PostgresIndex,
     m:int=16, # links of a code
@@ -254,6 +255,18 @@ def make_graph(self:PostgresIndex,
     made = self.db.run(work, write=True)
     self.db.run(lambda cur: cur.execute(self.at.sql("ANALYZE {t}")), write=True)
     return made
+
+@patch
+def finish(self:PostgresIndex):
+    "What is due after many codes were added: the graph in mode 'hnsw', and the planner's statistics."
+    if self.mode == 'hnsw': self.make_graph()
+    else: self.db.run(lambda cur: cur.execute(self.at.sql("ANALYZE {t}")), write=True)
+
+@ENGINES.register('postgresql')
+@ENGINES.register('postgres')
+def _open_postgres(where, n_bits=None, **options):
+    "A table of a PostgreSQL database."
+    return PostgresIndex(str(where), n_bits=n_bits, **options)
 
 # %% ../../nbs/45d_retrieval.postgres.ipynb #a8b71971
 @patch
