@@ -1,4 +1,5 @@
 "The engines that hold an index beyond one process, for the tests: one server and one cluster a session."
+import os
 import shutil
 import tempfile
 import uuid
@@ -64,13 +65,49 @@ def postgres():
     server.end()
 
 
-def make_postgres(server):
-    from rsir_nb.retrieval.postgres import PostgresIndex
-    return lambda n_bits: PostgresIndex(server.dsn, new_table(), n_bits)
+class Nodes:
+    "A cluster of Ray on this machine, to which nodes are added that can be killed."
+    SIZE = dict(num_cpus=1, object_store_memory=80*2**20, include_log_monitor=False)
+
+    def __init__(self):
+        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+        import ray
+        from ray.cluster_utils import Cluster
+        self.ray, self.folder = ray, Path(tempfile.mkdtemp(prefix="rsir_ray_"))
+        self.cluster = Cluster(initialize_head=True, head_node_args=dict(self.SIZE, include_dashboard=False))
+        self.add()
+        from rsir_nb.retrieval.shards import Searchers, start_ray
+        start_ray(self.cluster.address)
+        self.pool = Searchers(number=2, threads=1)
+
+    def add(self): return self.cluster.add_node(**self.SIZE)
+
+    def kill(self, node): self.cluster.remove_node(node, allow_graceful=False)
+
+    def new(self, n_bits):
+        from rsir_nb.retrieval.ray import RayIndex
+        return RayIndex(self.folder/new_table(), n_bits, searchers=self.pool)
+
+    def end(self):
+        self.ray.shutdown()
+        self.cluster.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["hamming", "postgres"])
+@pytest.fixture(scope="session")
+def nodes():
+    "A running cluster of two nodes."
+    pytest.importorskip("ray")
+    cluster = Nodes()
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture(params=["hamming", "postgres", "ray"])
 def engine(request):
     "n_bits -> a new, empty index of each kind."
     if request.param == "hamming": return HammingIndex
-    return make_postgres(request.getfixturevalue("postgres"))
+    if request.param == "ray": return request.getfixturevalue("nodes").new
+    from rsir_nb.retrieval.postgres import PostgresIndex
+    server = request.getfixturevalue("postgres")
+    return lambda n_bits: PostgresIndex(server.dsn, new_table(), n_bits)

@@ -1,7 +1,7 @@
 "One contract, every engine: whatever HammingIndex answers, the engines beyond one process answer too."
 import numpy as np
 import pytest
-from engines import clustered, engine, hamming, postgres, same  # noqa: F401
+from engines import clustered, engine, hamming, nodes, postgres, same  # noqa: F401
 from rsir_nb.core import InputError, RsirError, UnknownNameError
 
 BITS = 64

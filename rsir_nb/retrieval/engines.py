@@ -49,7 +49,7 @@ def _open_folder(where, n_bits=None, **options):
     if (Path(where)/'shards.json').is_file(): return ENGINES.get('ray')(f'ray:{where}', n_bits, **options)
     return INDEXES.get('live').open(where, **options)
 
-# %% ../../nbs/45_retrieval.engines.ipynb #7fe88677
+# %% ../../nbs/45_retrieval.engines.ipynb #8702cc57
 def fill_index(
     index:Index, # of any engine
     codes:np.ndarray, # packed, uint8 (N,n_bits/8); may be a map of a file
@@ -66,7 +66,8 @@ def fill_index(
     if not isinstance(block, int) or block < 1: raise InputError("a block is a number of items", found=block)
     todo = np.flatnonzero(~np.isin(ids, index.ids)) if len(index) else np.arange(len(codes))
     takes = getattr(index, 'takes_table', False)
-    bar = tqdm(total=len(codes), initial=len(codes) - len(todo), desc='fill', unit='code', disable=not progress)
+    done = len(codes) - len(todo)
+    bar = tqdm(total=len(codes), initial=done, desc='fill', unit='code', disable=not progress)
     with bar:
         for at in (todo[a:a + block] for a in range(0, len(todo), block)):
             more = dict(table=None if table is None else table.iloc[at], graph=False) if takes else {}
