@@ -117,7 +117,7 @@ class _Searcher:
 def _mask(index, where):
     return where if where is None or where.dtype == bool else np.isin(index.ids, where)
 
-# %% ../../nbs/45a_retrieval.shards.ipynb #e8761bd1
+# %% ../../nbs/45a_retrieval.shards.ipynb #7c2fa4a1
 class Searchers:
     "Processes of Ray that answer about files of codes."
     def __init__(self,
@@ -146,7 +146,7 @@ class Searchers:
         nodes = sorted(o['NodeID'] for o in ray.nodes() if o['Alive'])
         nodes = [o for o in nodes if o not in self.lost] or nodes
         on = nodes[i % len(nodes)]
-        make = ray.remote(num_cpus=0)(_Searcher).options(scheduling_strategy=On(on, soft=True))
+        make = ray.remote(num_cpus=0)(_Searcher).options(scheduling_strategy=On(on, soft=False))
         return make.remote(self.threads), on
 
     def close(self):
@@ -155,7 +155,7 @@ class Searchers:
         if actors and self.session == (ray := start_ray(self.address)).get_runtime_context().get_worker_id():
             for actor, _ in actors: ray.kill(actor)
 
-# %% ../../nbs/45a_retrieval.shards.ipynb #8c5b7f85
+# %% ../../nbs/45a_retrieval.shards.ipynb #606f9669
 @patch
 def ask(self:Searchers,
     what:str, # a method of the searcher: search, within, ids, held, without
@@ -164,8 +164,9 @@ def ask(self:Searchers,
     "Ask about some files; all of them are answered, or an error is raised."
     if not jobs: return []
     ray, until, answers, error = self.up(), time.monotonic() + self.timeout, {}, None
-    n, gone = len(self.actors), (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError,
-                                 ray.exceptions.RaySystemError)
+    gone = (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError,
+            ray.exceptions.GetTimeoutError, ray.exceptions.RaySystemError)
+    n = len(self.actors)
     open_jobs = lambda i: [j for j in range(i, len(jobs), n) if j not in answers]
     while todo := {i: at for i in range(n) if (at := open_jobs(i))}:
         if error is not None and time.monotonic() > until: raise RsirError(
