@@ -70,7 +70,8 @@ class Nodes:
     SIZE = dict(num_cpus=1, object_store_memory=80*2**20, include_log_monitor=False)
 
     def __init__(self):
-        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]    # nodes need the plugins
+        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", PYTHONPATH=os.pathsep.join(paths))
         import ray
         from ray.cluster_utils import Cluster
         self.ray, self.folder = ray, Path(tempfile.mkdtemp(prefix="rsir_ray_"))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['encode_on_ray', 'evaluate_on_ray']
 
-# %% ../../nbs/79a_engine.cluster.ipynb #c040b7ee
-import shutil
+# %% ../../nbs/79a_engine.cluster.ipynb #676d0dbc
+import re, shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Sequence
@@ -27,7 +27,7 @@ from .train import build_archive, load_method, run_weights
 from ..retrieval.codes import CodeStore
 from ..retrieval.shards import start_ray
 
-# %% ../../nbs/79a_engine.cluster.ipynb #60383922
+# %% ../../nbs/79a_engine.cluster.ipynb #5f61c4fa
 _held = {}
 
 def _method(run_dir, weights):
@@ -63,6 +63,10 @@ def _collect(ray, refs, total, what, progress):
                     bar.update(found[ref] if isinstance(found[ref], int) else 1)
     except ray.exceptions.RayTaskError as e:
         for ref in todo: ray.cancel(ref)
+        missing = re.search(r"No module named '(\S+)'", str(e))
+        if missing and isinstance(e.cause, ray.exceptions.RaySystemError):
+            raise InputError(f"a node cannot import {missing[1]}",
+                             remedy="install it there, or put its folder on the nodes' PYTHONPATH") from e
         raise (e.cause if isinstance(e.cause, Exception) else e) from e
     return [found[o] for o in refs]
 

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['start_ray', 'Searchers']
 
-# %% ../../nbs/45a_retrieval.shards.ipynb #2a2a8ffe
+# %% ../../nbs/45a_retrieval.shards.ipynb #70063e87
 import fcntl, os, socket, time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
