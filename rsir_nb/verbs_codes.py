@@ -8,7 +8,7 @@ __all__ = ['codes_app', 'CodesPlace', 'CodesFile', 'load_array', 'codes_create_c
            'codes_search_command', 'hits_table']
 
 # %% ../nbs/90d_verbs_codes.ipynb #3fe35c92
-import importlib, re
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,9 @@ import pandas as pd
 import typer
 
 from .core import InputError, MissingFileError, atomic_path
+from .retrieval.engines import open_index
 from .retrieval.hamming import HammingIndex
+from .retrieval.live import LiveIndex
 
 # %% ../nbs/90d_verbs_codes.ipynb #a4ef0a34
 def load_array(
@@ -34,10 +36,6 @@ def load_array(
     raise InputError(f"{path} holds several arrays", wanted="one, as numpy.save writes it")
 
 # %% ../nbs/90d_verbs_codes.ipynb #16543f3d
-def _engines(): return importlib.import_module('rsir_nb.retrieval.engines')
-
-def _live(): return importlib.import_module('rsir_nb.retrieval.live').LiveIndex
-
 def _told(where):
     "A place as it may be printed: without a password."
     where = re.sub(r"(://[^:/@]*:)[^@]+@", r"\1***@", where)
@@ -47,7 +45,7 @@ def _is_address(where): return not Path(where).exists() and re.match(r'[A-Za-z][
 
 def _opened(where):
     "The index for reading."
-    if _is_address(where) or Path(where).exists(): return _engines().open_index(where)
+    if _is_address(where) or Path(where).exists(): return open_index(where)
     raise MissingFileError(f"{where} is not there", wanted="a folder or file of codes, or an address",
                            remedy=f"rsir codes create {where} --bits 128")
 
@@ -57,7 +55,7 @@ def _writing(where):
     if Path(where).is_file(): raise InputError(f"{_told(where)} is a file, which is not changed",
         remedy=f"rsir codes create FOLDER --begin {where} makes a folder of it, which can be")
     if Path(where).is_dir():
-        with _live().write(where) as index: yield index
+        with LiveIndex.write(where) as index: yield index
     else: yield _opened(where)
 
 # %% ../nbs/90d_verbs_codes.ipynb #da949fba
@@ -74,11 +72,11 @@ def codes_create_command(
     "Make an index in a new folder, or a table in a database."
     if _is_address(where):
         if begin: raise InputError("a database begins empty", remedy="leave --begin out, and add its codes")
-        index = _engines().open_index(where, n_bits=bits or 128)
+        index = open_index(where, n_bits=bits or 128)
         if len(index): raise InputError(f"{_told(where)} holds {len(index):,} codes", remedy="rsir codes add")
     elif where.endswith('.index'): raise InputError(f"{_told(where)} would be a file, which is not changed",
                                                     remedy="name a folder")
-    else: index = _live().create(where, n_bits=bits, from_index=begin)
+    else: index = LiveIndex.create(where, n_bits=bits, from_index=begin)
     print(f"{_told(where)}: {len(index):,} codes of {index.n_bits} bits")
     return index
 
