@@ -16,13 +16,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..config import load_run_config, to_dict
-from ..core import InputError, atomic_path, check_arguments, read_json, write_json
+from ..core import InputError, atomic_path, check_arguments, folder_lock, read_json, write_json
 from ..data.base import Archive
 from .encode import (_check_settings, _drop, _load_shard, _make_shard, _open_finished, _Reader,
                                    _same_job, _shard, _weights_of, _write_store, common_sensors, describe_job,
                                    encode)
 from .protocols import Protocol, System, directions, get_protocol, score_direction, tabulate
-from .runs import folder_lock
 from .train import build_archive, load_method, run_weights
 from ..retrieval.codes import CodeStore
 from ..retrieval.shards import start_ray
