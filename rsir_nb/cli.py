@@ -141,10 +141,10 @@ def index_command(
 ):
     "Make a run searchable."
     known = is_run(config)
-    cfg = run_config(config, overrides) if known else load_config(config, overrides)
+    cfg = run_config(config, overrides, 'index') if known else load_config(config, overrides)
     if shown(cfg, dry_run): return
     run = Path(config) if known else pretrain(cfg, resume=not fresh)
-    found = index_run(run, overwrite=overwrite)
+    found = index_run(run, overwrite=overwrite, **(changes_of(cfg, overrides, 'index') if known else {}))
     print(f"{run}: {len(found):,} patches can be searched")
     return found
 

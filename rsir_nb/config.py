@@ -26,7 +26,7 @@ from .core import (DATASETS, METHODS, CorruptError, InputError, MissingFileError
 from .typed import PLAIN, absolute_path, typed_value
 
 # %% ../nbs/01_config.ipynb #0f6210c5
-GROUPS = ('data', 'method', 'optim', 'trainer', 'hash', 'encode', 'evaluate', 'report')
+GROUPS = ('data', 'method', 'optim', 'trainer', 'hash', 'encode', 'index', 'evaluate', 'report')
 TOP_KEYS = (*GROUPS, 'seed', 'plugins', 'out')
 SCHEMAS:dict[str, Callable] = {}
 CHECKS:dict[str, Callable|None] = {}
@@ -291,6 +291,8 @@ def _commit():
     return sha.stdout.strip() + ('+' if status.stdout.strip() else '')
 
 # %% ../nbs/01_config.ipynb #9fa93a54
+_LATER = dict(index={}) # groups that runs of earlier versions do not have
+
 def load_run_config(
     run_dir:str|Path, # the run's folder, or the file itself
 ) -> DictConfig: # as it was saved
@@ -299,6 +301,7 @@ def load_run_config(
     path = path/'config.yaml' if path.suffix != '.yaml' else path
     if not path.is_file(): raise MissingFileError(f"{path} is not there", remedy="name the folder of a run")
     found = _read(path)
+    for group, value in _LATER.items(): found.setdefault(group, value)
     missing = [o for o in (*GROUPS, 'seed', 'plugins', 'out') if o not in found]
     if missing: raise CorruptError(f"{path} is not complete", found=f"nothing for {', '.join(missing)}",
                                    wanted="the config of a run, as it was saved",

@@ -12,7 +12,7 @@ from typing import Callable
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import load_config, to_dict
+from ..config import load_config, load_run_config, to_dict
 from ..core import DATASETS, read_json, write_json
 from ..data.base import Archive
 from ..data.layouts import write_v2_lmdb
@@ -21,7 +21,7 @@ from .encode import encode_run
 from .evaluate import evaluate
 from .hash import train_hash
 from .report import write_report
-from .search import Retriever
+from .retriever import IndexConfig, Retriever
 from .train import build_archive, load_method, pretrain
 from ..show import to_rgb
 
@@ -37,11 +37,13 @@ def index_run(
     run_dir:str|Path, # a trained run
     progress:bool=True, # show progress bars
     overwrite:bool=False, # encode and index anew
+    **changes, # of the run's settings: engine=
 ) -> Retriever: # also in `run_dir`/search
     "Encode a run's archive if that is not done, and put weights, codes and index together for search."
     store, search = encode_run(run_dir, progress=progress, overwrite=overwrite), Path(run_dir)/'search'
+    o = IndexConfig(**{**to_dict(load_run_config(run_dir).index), **changes})
     if overwrite or _is_of_others(search, store): shutil.rmtree(search, ignore_errors=True)
-    return Retriever.build(load_method(run_dir), store, search)
+    return Retriever.build(load_method(run_dir), store, search, engine=o.engine)
 
 # %% ../../nbs/77_engine.stages.ipynb #73066893
 def _is_of_others(search, store):
