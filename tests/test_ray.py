@@ -30,7 +30,7 @@ def test_a_node_is_killed_while_queries_run(nodes, tmp_path):  # noqa: F811
     ix = RayIndex.build(tmp_path/"shards", codes, shards=6, searchers=pool)
     wanted = hamming(codes).search(codes[:5], 50)
     same(ix.search(codes[:5], 50), wanted)
-    assert len(set(nodes_of(pool))) == 3
+    assert third.node_id in nodes_of(pool), (third.node_id, pool.actors, pool.lost)
 
     def ask():
         try:
