@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError', 'InputError', 'UnknownNameError',
            'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'unknown_name', 'Registry',
-           'legal_arguments', 'check_arguments', 'fill_registries', 'atomic_path', 'write_json', 'read_json',
-           'folder_lock', 'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
+           'legal_arguments', 'check_arguments', 'fill_registries', 'atomic_path', 'sync_path', 'write_json',
+           'read_json', 'folder_lock', 'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
 
 # %% ../nbs/00_core.ipynb #266f6cab
 import ctypes, hashlib, importlib, importlib.util, inspect, json, os, shutil, sys
@@ -183,18 +183,20 @@ def atomic_path(
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        for o in [*(part.rglob('*') if part.is_dir() else []), part]: _sync(o)
+        for o in [*(part.rglob('*') if part.is_dir() else []), part]: sync_path(o)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if part.is_dir() and path.is_dir(): os.replace(path, old)
         os.replace(part, path)
-        _sync(path.parent)
+        sync_path(path.parent)
         if old.is_dir(): shutil.rmtree(old)
     finally:
         if part.is_dir(): shutil.rmtree(part)
         elif part.exists(): part.unlink()
 
 # %% ../nbs/00_core.ipynb #b15b6307
-def _sync(path):
+def sync_path(
+    path:str|Path, # a file or a folder
+):
     "Flush one file, or the names in one folder, to the disk."
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)

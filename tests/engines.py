@@ -4,11 +4,14 @@ import shutil
 import tempfile
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rsir_nb.core import INDEXES
 from rsir_nb.retrieval.hamming import HammingIndex
+from rsir_nb.retrieval.live import LiveIndex
 
 
 def clustered(n, n_bits=64, groups=20, seed=0):
@@ -116,11 +119,22 @@ def nodes(pytestconfig):
     return once(Nodes, pytestconfig)
 
 
-@pytest.fixture(params=["hamming", "postgres", "ray"])
-def engine(request):
+@pytest.fixture(params=["hamming", "multi", "live", "postgres", "ray"])
+def engine(request, tmp_path):
     "n_bits -> a new, empty index of each kind."
-    if request.param == "hamming": return HammingIndex
-    if request.param == "ray": return request.getfixturevalue("nodes").new
+    if request.param in ("hamming", "multi"):
+        yield INDEXES.get(request.param)
+        return
+    if request.param == "live":
+        with ExitStack() as stack:
+            def new(n_bits):
+                LiveIndex.create(folder := tmp_path/new_table(), n_bits)
+                return stack.enter_context(LiveIndex.write(folder))
+            yield new
+        return
+    if request.param == "ray":
+        yield request.getfixturevalue("nodes").new
+        return
     from rsir_nb.retrieval.postgres import PostgresIndex
     server = request.getfixturevalue("postgres")
-    return lambda n_bits: PostgresIndex(server.dsn, new_table(), n_bits)
+    yield lambda n_bits: PostgresIndex(server.dsn, new_table(), n_bits)

@@ -354,11 +354,11 @@ def test_a_reader_that_opens_while_files_are_replaced(tmp_path, monkeypatch):
 
 def test_verifying_while_files_are_replaced(tmp_path, monkeypatch):
     make(tmp_path/"a", random_codes(50, 8), cuts=[40])
-    writer, real, rounds = LiveIndex.write(tmp_path/"a"), segment_files._file_checksum, iter([1])
+    writer, real, rounds = LiveIndex.write(tmp_path/"a"), segment_files.file_checksum, iter([1])
     def slow(path):
         if next(rounds, None): writer.compact()
         return real(path)
-    monkeypatch.setattr(segment_files, "_file_checksum", slow)
+    monkeypatch.setattr(segment_files, "file_checksum", slow)
     LiveIndex.open(tmp_path/"a").verify()
     writer.close()
 

@@ -107,8 +107,10 @@ def bit_statistics(
 # %% ../../nbs/40_retrieval.codes.ipynb #652b9c31
 _FORMAT, _VERSION = 'rsir_nb codes', 1
 
-def _file_checksum(path):
-    "xxh3 of a file, read in pieces."
+def file_checksum(
+    path:str|Path, # the file
+) -> str: # hexadecimal, xxh3 of 128 bits
+    "The checksum of a file, read in pieces."
     h = xxhash.xxh3_128()
     with open(path, 'rb') as f:
         while piece := f.read(1 << 24): h.update(piece)
@@ -227,7 +229,7 @@ def write(cls:CodeStore,
                 record['arrays'][name] = [str(array.dtype), list(array.shape)]
         _write_table(table, part/'table.parquet')
         files = sorted(str(p.relative_to(part)) for p in part.rglob('*') if p.is_file())
-        record['checksums'] = {name: _file_checksum(part/name) for name in files}
+        record['checksums'] = {name: file_checksum(part/name) for name in files}
         write_json(part/'provenance.json', dict(record, checksum=content_hash(record)))
     return cls(path)
 
@@ -284,7 +286,7 @@ def verify(self:CodeStore) -> CodeStore: # the same store
     "Compare every file with its checksum; raises `CorruptError` naming the first that differs."
     for name, wanted in self.provenance['checksums'].items():
         if not (self.path/name).is_file(): raise CorruptError(f"{self.path/name} is missing")
-        found = _file_checksum(self.path/name)
+        found = file_checksum(self.path/name)
         if found != wanted:
             raise CorruptError(f"{self.path/name} is damaged", found=f"checksum {found}", wanted=wanted,
                                remedy="write the store again")

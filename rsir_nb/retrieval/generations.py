@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..core import InputError
 from .hamming import HammingIndex
-from .index import _whole_numbers
+from .index import whole_numbers
 
 # %% ../../nbs/41c_retrieval.generations.ipynb #c9b6bc54
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _cut(self:Generation, where):
 @patch
 def _chosen(self:Generation, where):
     "One mask a segment from a list of ids."
-    ids = _whole_numbers(where, 'ids to choose from')
+    ids = whole_numbers(where, 'ids to choose from')
     if len(ids) == len(self) > 2 and ids.max() <= 1:
         raise InputError("this filter is a mask of zeros and ones", found=where.dtype, wanted="bool",
                          remedy="write mask.astype(bool); whole numbers are taken as ids")
@@ -121,7 +121,7 @@ def new_ids(self:Generation,
     if ids is None:
         if following + n > np.iinfo(np.int64).max: raise InputError("there is no id left", remedy="pass ids")
         return np.arange(following, following + n)
-    ids = _whole_numbers(ids, 'ids')
+    ids = whole_numbers(ids, 'ids')
     if len(ids) != n: raise InputError("ids and rows differ in number", found=f"{len(ids)} ids, {n} rows")
     values, counts = np.unique(ids, return_counts=True)
     old = values[values < following]

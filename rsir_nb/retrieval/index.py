@@ -56,7 +56,7 @@ def search(self:Index,
 ) -> tuple[np.ndarray, np.ndarray]: # dists (Q,k') rising, ids int64 (Q,k'), k' = min(k, items that match)
     "The nearest items of every query, the earlier inserted first where distances are equal."
     xq, rows = self._check(xq, 'queries'), self._rows(where)
-    k = min(_check_k(k), self._n if rows is None else _count(rows))
+    k = min(check_k(k), self._n if rows is None else _count(rows))
     if not k or not len(xq):
         return np.empty((len(xq), k), dtype=self.dist_type), np.empty((len(xq), k), dtype=np.int64)
     dists, at = self._nearest(xq, k, rows)
@@ -87,7 +87,7 @@ def remove(self:Index,
     ids:Any, # ids to remove, (n,)
 ) -> int: # how many items are gone
     "Remove items by id; raises `UnknownNameError`, and removes nothing, if one is not there."
-    ids = np.unique(_whole_numbers(ids, 'ids to remove'))
+    ids = np.unique(whole_numbers(ids, 'ids to remove'))
     gone = np.isin(self.ids, ids)
     if gone.sum() != len(ids):
         missing = ids[~np.isin(ids, self.ids)]
@@ -99,13 +99,19 @@ def remove(self:Index,
     return len(ids)
 
 # %% ../../nbs/40a_retrieval.index.ipynb #bc4cc44c
-def _check_k(k):
+def check_k(
+    k:Any, # what was given as the number of results
+) -> int: # from 1
+    "The number of results, or an `InputError`."
     if isinstance(k, (bool, np.bool_)) or not isinstance(k, (int, np.integer)) or k < 1:
         raise InputError("k is the number of results wanted", found=repr(k), wanted="a whole number from 1")
     return int(k)
 
-def _whole_numbers(ids, what):
-    "int64 (n,), or an `InputError`."
+def whole_numbers(
+    ids:Any, # what was given as ids
+    what:str, # how an error calls them
+) -> np.ndarray: # int64 (n,)
+    "Ids as an array, or an `InputError`."
     wanted = "whole numbers from 0 to 2**63 - 1, shape (n,)"
     try: ids = np.asarray(ids)
     except (OverflowError, ValueError) as e:
@@ -123,7 +129,7 @@ def _new_ids(self:Index, ids, n):
     if ids is None:
         if self._next + n > np.iinfo(np.int64).max: raise InputError("there is no id left", remedy="pass ids")
         return np.arange(self._next, self._next + n)
-    ids = _whole_numbers(ids, 'ids')
+    ids = whole_numbers(ids, 'ids')
     if len(ids) != n: raise InputError("ids and rows differ in number", found=f"{len(ids)} ids, {n} rows")
     values, counts = np.unique(ids, return_counts=True)
     twice = values[counts > 1]
@@ -142,7 +148,7 @@ def _rows(self:Index, where):
         if where.shape == (self._n,): return None if where.all() else where
         raise InputError("the mask does not fit the index", found=f"shape {where.shape}",
                          wanted=f"({self._n},)")
-    chosen = _whole_numbers(where, 'ids to choose from')
+    chosen = whole_numbers(where, 'ids to choose from')
     if len(chosen) == self._n > 2 and chosen.max() <= 1:
         raise InputError("this filter is a mask of zeros and ones", found=where.dtype, wanted="bool",
                          remedy="write mask.astype(bool); whole numbers are taken as ids")

@@ -14,11 +14,11 @@ from typing import Any, Iterator
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import INDEXES, BusyError, CorruptError, InputError, UnknownNameError, _sync, folder_lock
+from ..core import INDEXES, BusyError, CorruptError, InputError, UnknownNameError, sync_path, folder_lock
 from .codes import check_codes
 from .generations import Generation
 from .hamming import HammingIndex
-from .index import Index, _whole_numbers, load_arrays
+from .index import Index, whole_numbers, load_arrays
 from .segments import (is_leftover, open_segment, read_manifest, sweep_files, verify_files,
                                         write_deleted, write_manifest, write_segment)
 
@@ -156,7 +156,7 @@ def create(cls:LiveIndex,
         following = 0 if first is None else load_arrays(from_index, 'hamming', verify=False)[0]['next']
         write_manifest(path, dict(n_bits=n_bits, generation=0, next=following, files=1, segments=segments,
                                   provenance=provenance))
-        _sync(path.parent)
+        sync_path(path.parent)
     return cls(path)
 
 def _facts(provenance):
@@ -270,7 +270,7 @@ def remove(self:LiveIndex,
 ) -> int: # how many items are gone
     "Remove items by id, for good when it returns; if one is not there an `UnknownNameError`, and none is."
     self._check_writer()
-    ids = np.unique(_whole_numbers(ids, 'ids to remove'))
+    ids = np.unique(whole_numbers(ids, 'ids to remove'))
     rows = [o.find(ids) for o in self._now.segments]
     missing = ids[np.all([o < 0 for o in rows], axis=0)] if rows else ids
     if len(missing):

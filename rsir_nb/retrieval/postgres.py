@@ -21,7 +21,7 @@ from .database import (Database, add_vector, build_graph, find_vector, has_graph
                                         need_psycopg, split_dsn)
 from .engines import ENGINES
 from .hamming import HammingIndex
-from .index import Index, _check_k, _whole_numbers
+from .index import Index, check_k, whole_numbers
 from .rows import (CodeTable, _bits, _fixed, _ids_to_add, _whole, bit_strings, copy_in,
                                     copy_out, metadata_columns, sql_filter)
 
@@ -113,7 +113,7 @@ def rows(self:PostgresIndex,
     ids:Any, # of items, e.g. of a result, (n,)
 ) -> pd.DataFrame: # metadata and the box west, south, east, north, in the order of `ids`
     "What is known of some items."
-    ids = _whole_numbers(ids, 'ids').tolist()
+    ids = whole_numbers(ids, 'ids').tolist()
     query = self.at.sql("SELECT id, meta, west, south, east, north FROM {t} WHERE id = ANY(%s)")
     found = {o[0]: o[1:] for o in self.db.run(lambda cur: cur.execute(query, [ids]).fetchall())}
     if missing := [o for o in ids if o not in found]:
@@ -129,7 +129,7 @@ def search(self:PostgresIndex,
     where:Any=None, # bool mask in insertion order, ids, or a dictionary over the metadata
 ) -> tuple[np.ndarray, np.ndarray]: # dists int32 (Q,k') rising, ids int64 (Q,k'), k' = min(k, matching)
     "The nearest items of every query; in mode 'exact' the earlier inserted first among equals."
-    xq, k = self._check(xq, 'queries'), _check_k(k)
+    xq, k = self._check(xq, 'queries'), check_k(k)
     return self.db.run(lambda cur: self._search(cur, xq, k, *self._chosen(cur, where)))
 
 @patch
@@ -185,7 +185,7 @@ def remove(self:PostgresIndex,
     ids:Any, # ids to remove, (n,)
 ) -> int: # how many items are gone
     "Remove items by id; raises `UnknownNameError`, and removes nothing, if one is not there."
-    ids = np.unique(_whole_numbers(ids, 'ids to remove'))
+    ids = np.unique(whole_numbers(ids, 'ids to remove'))
     def work(cur):
         self.at.read(cur, lock=True)
         gone = [o for o, in cur.execute(self.at.sql("DELETE FROM {t} WHERE id = ANY(%s) RETURNING id"),

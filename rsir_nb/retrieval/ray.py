@@ -13,12 +13,12 @@ from typing import Any, Iterable
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import INDEXES, InputError, UnknownNameError
+from ..core import INDEXES, InputError, UnknownNameError, folder_lock
 from .codes import check_codes
 from .engines import ENGINES
 from .hamming import HammingIndex
-from .index import Index, _check_k, _whole_numbers
-from .shards import Searchers, _read_shards, _write_file, _write_shards, _writing
+from .index import Index, check_k, whole_numbers
+from .shards import Searchers, _read_shards, _write_file, _write_shards
 
 # %% ../../nbs/45b_retrieval.ray.ipynb #a803ecc1
 @INDEXES.register('ray', exact=True)
@@ -38,7 +38,7 @@ class RayIndex(Index):
         if not isinstance(searchers, Searchers): self.pool = Searchers(address, searchers, threads, timeout)
         if n_bits is not None and not (self.folder/'shards.json').exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _writing(self.folder): _write_shards(self.folder, HammingIndex(n_bits).n_bits, [], 0, 0)
+            with folder_lock(self.folder): _write_shards(self.folder, HammingIndex(n_bits).n_bits, [], 0, 0)
         self.refresh()
         if n_bits not in (None, self.n_bits):
             raise InputError(f"the shards in {self.folder.name} have another code length", found=self.n_bits,
@@ -73,7 +73,7 @@ def _chosen(self:RayIndex, where):
         if where.shape != (n,): raise InputError("the mask does not fit the index", wanted=f"({n},)",
                                                  found=f"shape {where.shape}")
         return np.split(where, np.cumsum([o['n'] for o in self.shards])[:-1]) if self.shards else []
-    chosen = _whole_numbers(where, 'ids to choose from')
+    chosen = whole_numbers(where, 'ids to choose from')
     if len(chosen) == n > 2 and chosen.max() <= 1:
         raise InputError("this filter is a mask of zeros and ones", found=where.dtype, wanted="bool",
                          remedy="write mask.astype(bool); whole numbers are taken as ids")
@@ -87,7 +87,7 @@ def search(self:RayIndex,
     where:Any=None, # bool mask over the items in insertion order, or the ids to choose from
 ) -> tuple[np.ndarray, np.ndarray]: # dists int32 (Q,k') rising, ids int64 (Q,k'), k' = min(k, matching)
     "The nearest items of every query, the earlier inserted first where distances are equal."
-    xq, k = self._check(xq, 'queries'), _check_k(k)
+    xq, k = self._check(xq, 'queries'), check_k(k)
     found = self._ask('search', [(xq, k, o) for o in self._chosen(where)])
     if not found: return np.empty((len(xq), 0), np.int32), np.empty((len(xq), 0), np.int64)
     dists, ids = (np.concatenate(o, axis=1) for o in zip(*found, strict=True))
@@ -134,7 +134,7 @@ def build(cls:RayIndex,
         codes = np.array_split(codes, max(1, min(shards, len(codes))))
     told, at, n_bits = [], 0, None
     folder.mkdir(parents=True, exist_ok=True)
-    with _writing(folder):
+    with folder_lock(folder):
         for number, block in enumerate(codes):
             n_bits = check_codes(block, n_bits).shape[1]*8
             mine = np.arange(at, at + len(block)) if ids is None else np.asarray(ids)[at:at + len(block)]
@@ -155,7 +155,7 @@ def add(self:RayIndex,
 ) -> np.ndarray: # int64 (n,), the ids
     "Append codes; nothing is added if one of them cannot be."
     x = self._check(x, 'rows to add')
-    with _writing(self.folder):
+    with folder_lock(self.folder):
         self.refresh()
         self._next = self._told['next_id']
         new = np.array(self._new_ids(ids, len(x)))
@@ -173,8 +173,8 @@ def remove(self:RayIndex,
     ids:Any, # ids to remove, (n,)
 ) -> int: # how many items are gone
     "Remove items by id; raises `UnknownNameError`, and removes nothing, if one is not there."
-    ids = np.unique(_whole_numbers(ids, 'ids to remove'))
-    with _writing(self.folder):
+    ids = np.unique(whole_numbers(ids, 'ids to remove'))
+    with folder_lock(self.folder):
         self.refresh()
         held = self._ask('held', [(ids,)]*len(self.shards))
         missing = np.setdiff1d(ids, np.concatenate([ids[:0], *held]))

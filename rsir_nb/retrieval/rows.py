@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core import InputError, unknown_name
 from ..geo import bounding_boxes
 from .database import Database, need_psycopg
-from .index import _whole_numbers
+from .index import whole_numbers
 
 # %% ../../nbs/45d_retrieval.rows.ipynb #a6743c6c
 TABLES = (
@@ -179,7 +179,7 @@ def _ids_to_add(cur, query, about, ids, n):
     if ids is None:
         if following + n > last: raise InputError("there is no id left", remedy="pass ids")
         return np.arange(following, following + n)
-    ids = _whole_numbers(ids, 'ids')
+    ids = whole_numbers(ids, 'ids')
     if len(ids) != n: raise InputError("ids and rows differ in number", found=f"{len(ids)} ids, {n} rows")
     values, counts = np.unique(ids, return_counts=True)
     twice = values[counts > 1][:5].tolist()
@@ -239,7 +239,7 @@ def _by_id(where, n, ids):
                                                  found=f"shape {where.shape}")
         few, ids = not n or where.mean() <= 0.5, ids()
         return ('id = ANY(%s)', [ids[where].tolist()]) if few else ('id <> ALL(%s)', [ids[~where].tolist()])
-    chosen = _whole_numbers(where, 'ids to choose from')
+    chosen = whole_numbers(where, 'ids to choose from')
     if len(chosen) == n > 2 and chosen.max() <= 1:
         raise InputError("this filter is a mask of zeros and ones", found=where.dtype, wanted="bool",
                          remedy="write mask.astype(bool); whole numbers are taken as ids")

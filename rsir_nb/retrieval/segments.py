@@ -16,7 +16,7 @@ import xxhash
 from fastcore.basics import patch
 
 from ..core import CorruptError, MissingFileError, atomic_path
-from .codes import _file_checksum
+from .codes import file_checksum
 from .hamming import HammingIndex
 from .index import load_arrays, save_arrays
 
@@ -112,7 +112,7 @@ def _head(path):
     with open(path, 'rb') as f: return f.read(24).hex()
 
 def _note(path):
-    return dict(file=path.name, bytes=path.stat().st_size, checksum=_file_checksum(path), head=_head(path))
+    return dict(file=path.name, bytes=path.stat().st_size, checksum=file_checksum(path), head=_head(path))
 
 # %% ../../nbs/41b_retrieval.segments.ipynb #088e4d1d
 def write_segment(
@@ -178,7 +178,7 @@ def _notes(state):
     return [o for entry in state['segments'] for o in (entry, entry['deleted']) if o]
 
 def _is_whole(path, checksum):
-    try: return _file_checksum(path) == checksum
+    try: return file_checksum(path) == checksum
     except FileNotFoundError: return False
 
 # %% ../../nbs/41b_retrieval.segments.ipynb #707b1c6f

@@ -6,15 +6,13 @@
 __all__ = ['start_ray', 'Searchers']
 
 # %% ../../nbs/45a_retrieval.shards.ipynb #70063e87
-import fcntl, os, socket, time
-from contextlib import contextmanager
+import os, socket, time
 from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import (BusyError, CorruptError, InputError, MissingFileError, RsirError, read_json,
-                          write_json)
+from ..core import CorruptError, InputError, MissingFileError, RsirError, read_json, write_json
 from .hamming import HammingIndex
 
 # %% ../../nbs/45a_retrieval.shards.ipynb #c9eaa717
@@ -32,15 +30,6 @@ def _read_shards(folder):
 def _write_shards(folder, n_bits, shards, following, number):
     write_json(folder/'shards.json', dict(format=_FORMAT, version=_VERSION, n_bits=n_bits, shards=shards,
                                           next_id=int(following), next_file=number))
-
-@contextmanager
-def _writing(folder):
-    "Hold a folder for writing."
-    with open(folder/'.lock', 'a') as handle:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise BusyError(f"{folder} is being written to", remedy="wait until the other is done") from e
-        yield
 
 # %% ../../nbs/45a_retrieval.shards.ipynb #d5607f55
 def _write_file(folder, number, n_bits, codes, ids):
