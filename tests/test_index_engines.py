@@ -1,0 +1,76 @@
+"A run's codes searched in a file, by tables, in a database and on a cluster: the same answers, from the same config."
+import numpy as np
+import pytest
+
+from engine_run import tiny_config
+from engines import nodes, postgres  # noqa: F401
+from rsir_nb.cli import main
+from rsir_nb.core import CorruptError, UnknownNameError, read_json
+from rsir_nb.engine.hash import train_hash
+from rsir_nb.engine.retriever import IndexConfig, Retriever, open_search
+from rsir_nb.engine.stages import index_run
+from rsir_nb.engine.train import pretrain
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A trained and indexed run."
+    cfg = tiny_config(tmp_path_factory.mktemp("engines")/"run", "optim.epochs=1")
+    pretrain(cfg, progress=False)
+    train_hash(cfg.out, progress=False)
+    index_run(cfg.out, progress=False)
+    return cfg.out
+
+
+def answers(found, ids):
+    "What a retriever says in every direction, also with a filter."
+    rows = np.arange(0, len(found), 3)
+    asked = [(s, t, w) for s in ("s1", "s2") for t in ("s1", "s2") for w in (None, rows)]
+    return [(o.ids, o.dists.tolist()) for i in ids for s, t, w in asked
+            for o in [found.query(i, s, t, k=7, where=w)]]
+
+
+def test_tables(run):
+    plain = open_search(run)
+    assert main(["index", str(run), "index.engine=multi"]) == 0
+    found = open_search(run)
+    assert type(found.indexes["s1"]).__name__ == "MultiIndex"
+    ids = plain.store.ids[:4]
+    assert answers(found, ids) == answers(plain, ids)
+
+
+def test_a_database(run, postgres, tmp_path):  # noqa: F811
+    plain = open_search(run)
+    found = Retriever.build(plain.method, plain.store, tmp_path/"r", engine=postgres.dsn)
+    ids = plain.store.ids[:3]
+    assert answers(found, ids) == answers(plain, ids)
+    again = Retriever.load(tmp_path/"r")
+    assert answers(again, ids[:1]) == answers(plain, ids[:1])
+    assert again.within(ids[0], 3, source="s1").ids == plain.within(ids[0], 3, source="s1").ids
+    again.indexes["s2"].remove([0])
+    with pytest.raises(CorruptError, match="codes of s2"): Retriever.load(tmp_path/"r")
+
+
+def test_a_cluster(run, nodes, tmp_path):  # noqa: F811
+    plain = open_search(run)
+    found = Retriever.build(plain.method, plain.store, tmp_path/"r", engine=f"ray:{tmp_path}/shards")
+    ids = plain.store.ids[:2]
+    assert answers(found, ids) == answers(plain, ids)
+    assert answers(Retriever.load(tmp_path/"r"), ids[:1]) == answers(plain, ids[:1])
+
+
+def test_a_password_is_not_kept(run, tmp_path, monkeypatch):
+    "The address in the folder names the user and nothing else."
+    from rsir_nb.engine import retriever as page
+    monkeypatch.setattr(page, "open_index", lambda where, **kw: type("Full", (), dict(
+        __len__=lambda self: len(plain), n_bits=plain.store.n_bits))())
+    monkeypatch.setattr(page, "fill_index", lambda index, *args: index)
+    plain = open_search(run)
+    Retriever.build(plain.method, plain.store, tmp_path/"r", engine="postgresql://me:secret@host/db")
+    assert read_json(tmp_path/"r"/"retriever.json")["engine"] == "postgresql://me@host/db"
+
+
+def test_engines_that_do_not_exist(run, capsys):
+    with pytest.raises(UnknownNameError, match="engine of an index"): IndexConfig("faiss")
+    assert main(["index", str(run), "index.engine=hamming2"]) == 2
+    assert "hamming" in capsys.readouterr().err
