@@ -14,7 +14,8 @@ from typing import Any, Iterator
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import INDEXES, BusyError, CorruptError, InputError, UnknownNameError, sync_path, folder_lock
+from ..core import (INDEXES, BusyError, CorruptError, InputError, UnknownNameError, folder_lock,
+                          sync_path)
 from .codes import check_codes
 from .generations import Generation
 from .hamming import HammingIndex
