@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from rsir_nb.core import INDEXES, CorruptError, InputError, MissingFileError, RsirError, UnknownNameError
 from rsir_nb.retrieval.codes import hamming_distances
-from rsir_nb.retrieval.hamming import BLOCK, HammingIndex
+from rsir_nb.retrieval.hamming import HammingIndex
+from rsir_nb.retrieval.kernels import BLOCK, LANES, worth_guessing
 
 
 def random_codes(n, n_bits, seed=0, groups=None):
@@ -65,6 +66,29 @@ def test_every_edge_of_runs_blocks_groups_and_pieces(n, n_queries, threads):
     for k in 1, 7, n:
         for found, wanted in zip(ix.search(xq, k), brute_force(xq, codes, k), strict=True):
             np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("groups", [None, 40])
+@pytest.mark.parametrize("n_bits", [64, 128, 320])
+def test_deep_searches_begin_with_a_guess_and_find_the_same(n_bits, groups):
+    codes, k = random_codes(40_000, n_bits, groups=groups), 900
+    xq = np.concatenate([codes[:3], random_codes(3, n_bits, seed=1)])
+    assert worth_guessing(len(codes), k)
+    for threads in 1, 3:
+        for found, wanted in zip(filled(codes, threads=threads).search(xq, k), brute_force(xq, codes, k),
+                                 strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_guess_that_is_too_low_costs_no_result():
+    "The codes that the sample looks at are copies of one query; everything else is far from it."
+    n, k = 100_000, 1600
+    assert worth_guessing(n, k) and n//(k//16) < k
+    codes = random_codes(n, 128)
+    xq = random_codes(2, 128, seed=1)
+    codes[np.arange(n)//LANES % (k//16) == 0] = xq[0]
+    for found, wanted in zip(filled(codes, threads=1).search(xq, k), brute_force(xq, codes, k), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "equal"])
@@ -338,3 +362,19 @@ def test_any_archive(n, n_bytes, k, high, seed, threads):
     codes, xq = (rng.integers(0, high, (m, n_bytes), dtype=np.uint8) for m in (n, 4))
     found = filled(codes, threads=threads).search(xq, k)
     np.testing.assert_array_equal(found, brute_force(xq, codes, k))
+
+
+@pytest.mark.parametrize("ids", ["default", "rising", "shuffled"])
+def test_ids_are_found_whether_they_rise_or_not(tmp_path, ids):
+    codes, rng = random_codes(3000, 64), np.random.default_rng(2)
+    own = dict(default=None, rising=np.arange(3000)*3 + 5, shuffled=rng.permutation(9000)[:3000])[ids]
+    ix = HammingIndex(64)
+    for i in range(0, 3000, 700): ix.add(codes[i:i+700], None if own is None else own[i:i+700])
+    for ix in (ix, HammingIndex.load(ix.save(tmp_path/"codes.index"))):  # noqa: B020
+        for n in 3, 2500:
+            chosen = np.concatenate([rng.choice(ix.ids, n, replace=False), [10**9, 10**12]])
+            rows = np.flatnonzero(np.isin(ix.ids, chosen))
+            dists, found = ix.search(codes[:4], 20, where=chosen)
+            wanted = brute_force(codes[:4], codes, 20, rows)
+            np.testing.assert_array_equal(found, ix.ids[wanted[1]])
+            np.testing.assert_array_equal(dists, wanted[0])

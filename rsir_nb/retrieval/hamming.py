@@ -6,134 +6,16 @@
 __all__ = ['HammingIndex']
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #1b43dde5
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 
-import numba
 import numpy as np
 from fastcore.basics import patch
-from numba.extending import intrinsic
 
 from ..core import INDEXES, InputError
 from .codes import check_codes
-from .index import Index, grown
-
-# %% ../../nbs/41_retrieval.hamming.ipynb #36068477
-BLOCK = 4096
-
-def _to_words(codes):
-    "Packed uint8 (n, n_bits/8) as uint64 (n, W)."
-    width = -(-codes.shape[1]//8)*8
-    if width != codes.shape[1]: codes = np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
-    return np.ascontiguousarray(codes).view('<u8')
-
-def _put_words(blocks, at, words):
-    "Write uint64 (n, W) into the blocks (B, W, BLOCK) from row `at` on."
-    while len(words):
-        block, row = divmod(at, BLOCK)
-        part = words[:BLOCK - row]
-        blocks[block, :, row:row + len(part)] = part.T
-        at, words = at + len(part), words[len(part):]
-
-def _get_words(blocks, rows):
-    "The words of some rows, uint64 (n, W)."
-    return blocks[rows // BLOCK, :, rows % BLOCK]
-
-# %% ../../nbs/41_retrieval.hamming.ipynb #8ce6bd7c
-@intrinsic
-def _popcount(typing, word):
-    def build(context, builder, signature, args): return builder.ctpop(args[0])
-    return numba.uint64(numba.uint64), build
-
-_jit = numba.njit(nogil=True, cache=False)
-
-# %% ../../nbs/41_retrieval.hamming.ipynb #3b83711b
-RUN = 128
-
-@lru_cache
-def _make_distances(n_words):
-    "Compiled functions for codes of `n_words` words: any one of a run nearer than `bound`, and one distance."
-    @_jit
-    def any_nearer(words, q, bound):
-        hit = np.uint64(0)
-        for i in range(words.shape[1]):
-            d = np.uint64(0)
-            for w in range(n_words): d += _popcount(words[w, i] ^ q[w])
-            hit |= np.uint64(d < bound)
-        return hit != 0
-
-    @_jit
-    def distance(words, q, i):
-        d = np.uint64(0)
-        for w in range(n_words): d += _popcount(words[w, i] ^ q[w])
-        return np.int64(d)
-    return any_nearer, distance
-
-# %% ../../nbs/41_retrieval.hamming.ipynb #e23729c2
-@_jit
-def _push(d, p, k, hist, dists, at, state):
-    "Add one candidate; `state`: length of the list, bound, distance limit, candidates below the limit."
-    if state[0] == len(dists):
-        t, kept = state[2] - 1, 0
-        ties = k - (state[3] - hist[t])
-        for m in range(len(dists)):
-            if dists[m] < t or (dists[m] == t and ties > 0):
-                ties -= dists[m] == t
-                dists[kept], at[kept] = dists[m], at[m]
-                kept += 1
-        hist[t] -= state[3] - k
-        state[0] = state[3] = kept
-    dists[state[0]], at[state[0]] = d, p
-    state[0] += 1
-    state[3] += 1
-    hist[d] += 1
-    if state[3] < k: return
-    while state[3] - hist[state[2] - 1] >= k:
-        state[3] -= hist[state[2] - 1]
-        state[2] -= 1
-    state[1] = state[2] - 1
-
-# %% ../../nbs/41_retrieval.hamming.ipynb #5ac3363f
-@_jit
-def _sort_candidates(n, dists, at, first, out_dists, out_at):
-    "The best of `n` candidates, sorted stably; `first` is room for one number a distance and one more."
-    first[:] = 0
-    for m in range(n): first[dists[m] + 1] += 1
-    for d in range(1, len(first)): first[d] += first[d - 1]
-    for m in range(n):
-        place = first[dists[m]]
-        first[dists[m]] += 1
-        if place < len(out_dists): out_dists[place], out_at[place] = dists[m], at[m]
-
-# %% ../../nbs/41_retrieval.hamming.ipynb #020c4eaf
-@lru_cache
-def _make_scan(n_words):
-    "The compiled search for codes of `n_words` words."
-    any_nearer, distance = _make_distances(n_words)
-
-    @_jit
-    def scan(blocks, start, stop, n, xq, top, k, allowed, out_dists, out_at):
-        room = min(2*k + 64, n)
-        hist = np.zeros((len(xq), top + 1), dtype=np.int64)
-        dists = np.empty((len(xq), room), dtype=np.int32)
-        at = np.empty((len(xq), room), dtype=np.int64)
-        state = np.zeros((len(xq), 4), dtype=np.int64)
-        state[:, 1:3] = top + 1
-        for b in range(start, stop):
-            for j in range(len(xq)):
-                for s in range(0, min(BLOCK, n - b*BLOCK), RUN):
-                    words = blocks[b, :, s:min(s + RUN, n - b*BLOCK)]
-                    if not any_nearer(words, xq[j], np.uint64(state[j, 1])): continue
-                    for i in range(words.shape[1]):
-                        d, p = distance(words, xq[j], i), b*BLOCK + s + i
-                        if d < state[j, 1] and (allowed.size == 0 or allowed[p]):
-                            _push(d, p, k, hist[j], dists[j], at[j], state[j])
-        first = np.empty(top + 2, dtype=np.int64)
-        for j in range(len(xq)):
-            _sort_candidates(state[j, 0], dists[j], at[j], first, out_dists[j], out_at[j])
-        return state[:, 0]
-    return scan
+from .index import Index, as_positions, grown, merge_nearest
+from .kernels import (BLOCK, count_threads, get_words, make_scan, make_within, put_words,
+                                       run_tasks, share_out, to_words, worth_guessing)
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #f9535b21
 @INDEXES.register('hamming', exact=True)
@@ -157,12 +39,12 @@ class HammingIndex(Index):
     def _append(self, x):
         used, needed = -(-self._n//BLOCK), -(-(self._n + len(x))//BLOCK)
         self._blocks = grown(self._blocks, used, needed)
-        _put_words(self._blocks, self._n, _to_words(x))
+        put_words(self._blocks, self._n, to_words(x))
 
     def _keep(self, mask):
-        words = _get_words(self._blocks, np.flatnonzero(mask))
+        words = get_words(self._blocks, np.flatnonzero(mask))
         self._blocks = np.zeros((-(-len(words)//BLOCK), *self._blocks.shape[1:]), dtype=np.uint64)
-        _put_words(self._blocks, 0, words)
+        put_words(self._blocks, 0, words)
 
     def _state(self): return dict(n_bits=self.n_bits), dict(blocks=self._blocks[:-(-self._n//BLOCK)])
 
@@ -173,95 +55,62 @@ class HammingIndex(Index):
 # %% ../../nbs/41_retrieval.hamming.ipynb #5b2f891e
 @patch
 def _source(self:HammingIndex, rows):
-    "Blocks to scan, their number of codes, a mask over them (empty: all) and their positions (None: all)."
-    blocks, n, allowed, origin = self._blocks.view(np.ndarray), self._n, np.zeros(0, dtype=np.uint8), None
-    if rows is not None and len(rows)*8 < n:
-        n, origin = len(rows), rows
+    "Words to scan, how many codes, a bit for each that is allowed (empty: all), positions (None: all)."
+    blocks, n, allowed, origin = self._blocks.view(np.ndarray), self._n, np.zeros(0, dtype=np.uint64), None
+    count = n if rows is None else int(rows.sum()) if rows.dtype == bool else len(rows)
+    if count*8 < n:
+        n, origin = count, as_positions(rows)
         blocks = np.zeros((-(-n//BLOCK), *blocks.shape[1:]), dtype=np.uint64)
-        _put_words(blocks, 0, _get_words(self._blocks, rows))
+        put_words(blocks, 0, get_words(self._blocks, origin))
     elif rows is not None:
-        allowed = np.zeros(n, dtype=np.uint8)
-        allowed[rows] = 1
-    blocks.flags.writeable = False
-    return blocks, n, allowed, origin
-
-# %% ../../nbs/41_retrieval.hamming.ipynb #ea8d02ee
-_pools = {}
-
-def _run(tasks, threads):
-    "The results of functions that are called on threads."
-    if threads == 1 or len(tasks) == 1: return [task() for task in tasks]
-    key = os.getpid(), threads
-    if key not in _pools: _pools[key] = ThreadPoolExecutor(threads)
-    return list(_pools[key].map(lambda task: task(), tasks))
-
-def _shares(n_queries, n_blocks, threads, largest):
-    "Groups of queries and pieces of the archive, as lists of (first, stop)."
-    pieces = 1 if n_queries >= 4*threads else max(1, min(threads, n_blocks//4))
-    step = max(1, min(64, largest, -(-n_queries*pieces//threads)))
-    cuts = np.linspace(0, n_blocks, pieces + 1).astype(int).tolist()
-    groups = [(q, min(q + step, n_queries)) for q in range(0, n_queries, step)]
-    return groups, list(zip(cuts[:-1], cuts[1:], strict=True))
+        mask = np.zeros(-(-n//64)*64, dtype=bool)
+        if rows.dtype == bool: mask[:n] = rows
+        else: mask[rows] = True
+        allowed = np.packbits(mask, bitorder='little').view('<u8')
+    words = blocks.reshape(-1)
+    words.flags.writeable = False
+    return words, n, allowed, origin
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #bcf91d71
 @patch
 def _nearest(self:HammingIndex, xq, k, rows):
-    blocks, n, allowed, origin = self._source(rows)
-    xq, scan = _to_words(xq), _make_scan(self._blocks.shape[1])
-    threads = self.threads or int(os.environ.get('OMP_NUM_THREADS') or len(os.sched_getaffinity(0)))
-    groups, pieces = _shares(len(xq), -(-n//BLOCK), threads, (1 << 22)//(2*k + 64))
+    words, n, allowed, origin = self._source(rows)
+    xq, scan, threads = to_words(xq), make_scan(self._blocks.shape[1]), count_threads(self.threads)
+    groups, pieces = share_out(len(xq), n, threads, (1 << 22)//(2*k + 64))
     def part(group, piece):
-        lo, hi = piece[0]*BLOCK, min(n, piece[1]*BLOCK)
-        size = min(k, int(allowed[lo:hi].sum()) if allowed.size else hi - lo)
+        lo, hi = piece
+        size = min(k, int(np.bitwise_count(allowed[lo//64:-(-hi//64)]).sum()) if allowed.size else hi - lo)
         found = np.empty((group[1]-group[0], size), np.int32), np.empty((group[1]-group[0], size), np.int64)
-        scan(blocks, *piece, n, xq[slice(*group)], self.n_bits, k, allowed, *found)
+        def ask(queries, guess, *out):
+            return scan(words, lo, hi, queries, self.n_bits, k, guess, allowed, *out)
+        some = xq[slice(*group)]
+        held = ask(some, not allowed.size and worth_guessing(hi - lo, k), *found)
+        if held.min() < size:
+            short = np.flatnonzero(held < size)
+            again = [o[short] for o in found]
+            ask(some[short], False, *again)
+            for o, new in zip(found, again, strict=True): o[short] = new
         return found
-    found = _run([partial(part, g, p) for g in groups for p in pieces], threads)
+    found = run_tasks([partial(part, g, p) for g in groups for p in pieces], threads)
     dists, at = np.empty((len(xq), k), np.int32), np.empty((len(xq), k), np.int64)
     for i, (lo, hi) in enumerate(groups):
-        d, a = (np.concatenate(x, axis=1) for x in zip(*found[i*len(pieces):(i+1)*len(pieces)], strict=True))
-        if len(pieces) > 1:
-            order = np.argsort(d, axis=1, kind='stable')[:, :k]
-            d, a = np.take_along_axis(d, order, 1), np.take_along_axis(a, order, 1)
-        dists[lo:hi], at[lo:hi] = d, a
+        dists[lo:hi], at[lo:hi] = merge_nearest(found[i*len(pieces):(i+1)*len(pieces)], k)
     return dists, at if origin is None else origin[at]
-
-# %% ../../nbs/41_retrieval.hamming.ipynb #3ff9a6c9
-@lru_cache
-def _make_within(n_words):
-    "The compiled range search for codes of `n_words` words."
-    any_nearer, distance = _make_distances(n_words)
-
-    @_jit
-    def within(blocks, start, stop, n, xq, bound, allowed, query, dists, at):
-        found = 0
-        for b in range(start, stop):
-            for j in range(len(xq)):
-                for s in range(0, min(BLOCK, n - b*BLOCK), RUN):
-                    words = blocks[b, :, s:min(s + RUN, n - b*BLOCK)]
-                    if not any_nearer(words, xq[j], np.uint64(bound)): continue
-                    for i in range(words.shape[1]):
-                        d, p = distance(words, xq[j], i), b*BLOCK + s + i
-                        if d >= bound or (allowed.size and not allowed[p]): continue
-                        if found < len(query): query[found], dists[found], at[found] = j, d, p
-                        found += 1
-        return found
-    return within
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #cd7df9ae
 @patch
 def _within(self:HammingIndex, xq, radius, rows):
-    blocks, n, allowed, origin = self._source(rows)
-    xq, within = _to_words(xq), _make_within(self._blocks.shape[1])
-    threads = self.threads or int(os.environ.get('OMP_NUM_THREADS') or len(os.sched_getaffinity(0)))
-    groups, pieces = _shares(len(xq), -(-n//BLOCK), threads, 64)
+    words, n, allowed, origin = self._source(rows)
+    xq, within, threads = to_words(xq), make_within(self._blocks.shape[1]), count_threads(self.threads)
+    groups, pieces = share_out(len(xq), n, threads, 64)
+    bound = min(int(radius), self.n_bits) + 1
     def part(group, piece):
-        args = blocks, *piece, n, xq[slice(*group)], int(radius) + 1, allowed
+        args = words, *piece, xq[slice(*group)], bound, allowed
         room = within(*args, *(np.empty(0, dtype) for dtype in (np.int64, np.int32, np.int64)))
         query, dists, at = (np.empty(room, dtype) for dtype in (np.int64, np.int32, np.int64))
-        within(*args, query, dists, at)
+        if room: within(*args, query, dists, at)
         return query + group[0], dists, at
-    found = _run([partial(part, g, p) for g in groups for p in pieces], threads)
+    found = run_tasks([partial(part, g, p) for g in groups for p in pieces], threads)
     query, dists, at = (np.concatenate(x) for x in zip(*found, strict=True))
     return query, dists, at if origin is None else origin[at]
 
@@ -269,5 +118,5 @@ def _within(self:HammingIndex, xq, radius, rows):
 @patch(as_prop=True)
 def codes(self:HammingIndex) -> np.ndarray: # packed uint8 (N, n_bits/8)
     "The codes in the order of insertion, as a copy."
-    words = _get_words(self._blocks, np.arange(self._n))
+    words = get_words(self._blocks, np.arange(self._n))
     return np.ascontiguousarray(words.view(np.uint8)[:, :self.n_bits//8])

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import INDEXES, InputError
-from .index import Index, grown
+from .index import Index, as_positions, grown
 
 # %% ../../nbs/42_retrieval.vectors.ipynb #0d36b5ce
 @INDEXES.register('vectors', exact=True)
@@ -89,6 +89,7 @@ def _rounding(xq, x, metric):
 # %% ../../nbs/42_retrieval.vectors.ipynb #569670b9
 @patch
 def _nearest(self:VectorIndex, xq, k, rows):
+    if rows is not None: rows = as_positions(rows)
     x = self.vectors if rows is None else self.vectors[rows]
     dists, at = np.empty((len(xq), k), np.float32), np.empty((len(xq), k), np.int64)
     open_, room, slack = np.arange(len(xq)), min(len(x), k + 16), _rounding(xq, x, self.metric)
@@ -113,6 +114,7 @@ def _propose(xq, x, k, metric):
 # %% ../../nbs/42_retrieval.vectors.ipynb #9f8a395c
 @patch
 def _within(self:VectorIndex, xq, radius, rows):
+    if rows is not None: rows = as_positions(rows)
     x = self.vectors if rows is None else self.vectors[rows]
     query, dists, at, slack = [], [], [], _rounding(xq, x, self.metric)
     squares = (x**2).sum(1)
