@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANY', 'UPLOAD_LIMIT', 'QueryGallery', 'open_gallery']
 
-# %% ../../nbs/80c_gallery.app.ipynb #f0cf99f3
+# %% ../../nbs/80c_gallery.app.ipynb #265d2d1e
 import logging, tempfile
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..engine.train import build_archive
 from .grid import ImageGrid, hit_items, patch_item
 from .session import Session
 
-# %% ../../nbs/80c_gallery.app.ipynb #c5ba9369
+# %% ../../nbs/80c_gallery.app.ipynb #23dc5cbc
 ANY = 'any'
 
 def _menu(options, label, first=None):
@@ -33,7 +33,7 @@ def _text(label, placeholder):
     return w.Text(description=label, placeholder=placeholder, continuous_update=False,
                   layout=w.Layout(width='min(100%, 24rem)'), style=dict(description_width='6rem'))
 
-def _button(words, tip, icon=''): return w.Button(description=words, tooltip=tip, icon=icon)
+def _button(words, tip): return w.Button(description=words, tooltip=tip, layout=w.Layout(width='auto'))
 
 def _row(*children): return w.HBox(children, layout=w.Layout(flex_flow='row wrap', grid_gap='.25rem'))
 
@@ -41,7 +41,7 @@ def _labels_of(table):
     lists = table['labels'].dropna() if 'labels' in table else []
     return sorted({o for some in lists for o in some})
 
-# %% ../../nbs/80c_gallery.app.ipynb #3e282dfd
+# %% ../../nbs/80c_gallery.app.ipynb #22370a54
 def _make_controls(session):
     "All controls of a gallery, by name."
     labels, sensors = _labels_of(session.retriever.table), session.sensors
@@ -50,7 +50,8 @@ def _make_controls(session):
         next=_button('Next', 'The page after'), random=_button('Random', 'A patch drawn at random'),
         id=_text('Id', 'the id of a patch'), place=_text('Place', 'longitude, latitude'),
         file=_text('File', 'path of a GeoTIFF'),
-        upload=w.FileUpload(description='Upload a GeoTIFF', accept='.tif,.tiff', multiple=False),
+        upload=w.FileUpload(description='Upload a GeoTIFF', accept='.tif,.tiff', multiple=False,
+                            layout=w.Layout(width='auto')),
         source=_menu(sensors, 'From', ANY), target=_menu(sensors, 'Search in', 'the same sensor'),
         k=w.BoundedIntText(session.k, min=1, max=10_000, description='Hits',
                            style=dict(description_width='6rem')),
@@ -60,7 +61,7 @@ def _make_controls(session):
         name=_text('Write to', 'hits.geojson, .parquet, .csv or .html'),
         export=_button('Write', 'Write the hits'))
 
-# %% ../../nbs/80c_gallery.app.ipynb #b2d33794
+# %% ../../nbs/80c_gallery.app.ipynb #cc3dcce8
 class QueryGallery:
     "An archive to look through in a notebook."
     def __init__(self,
@@ -74,7 +75,7 @@ class QueryGallery:
         self.session, self.other = as_session(retriever), None if other is None else as_session(other)
         self.size, self.page, self.names = size, 0, names
         self.controls = _make_controls(self.session)
-        self.chooser = ImageGrid(self.session.thumbs, self._open, label='Patches to choose from', tile=96)
+        self.chooser = ImageGrid(self.session.thumbs, self._open, label='Patches to choose from', tile=120)
         self.hits = ImageGrid(self.session.thumbs, self._open, self._mark, label='Hits', tile=128)
         self.others = None if self.other is None else \
             ImageGrid(self.other.thumbs, self._open, label=f'Hits of {names[1]}', tile=128)
@@ -93,7 +94,7 @@ class QueryGallery:
 
     def __repr__(self): return f"QueryGallery of {len(self.session.retriever):,} patches"
 
-# %% ../../nbs/80c_gallery.app.ipynb #5158924c
+# %% ../../nbs/80c_gallery.app.ipynb #6f597194
 @patch
 def _wire(self:QueryGallery):
     "What the controls do."
@@ -124,7 +125,7 @@ def _arranged(self:QueryGallery):
     for o in grids: o.layout.flex = '1 1 20rem'
     return w.VBox([*choose, *ask, _row(c['back'], c['refine'], c['name'], c['export']), _row(*grids)])
 
-# %% ../../nbs/80c_gallery.app.ipynb #86783d49
+# %% ../../nbs/80c_gallery.app.ipynb #f33d0973
 _log = logging.getLogger(__name__)
 
 @patch
@@ -142,7 +143,9 @@ def _do(self:QueryGallery, action, status=None):
         return found
 
 @patch
-def _fail(self:QueryGallery, words): self.hits.status, self.hits.failed = words, True
+def _fail(self:QueryGallery, words):
+    if hasattr(self, '_folder'): words = words.replace(f'{self._folder.name}/', '') # nobody knows that folder
+    self.hits.status, self.hits.failed = words, True
 
 @patch
 def _draw(self:QueryGallery, status=None):
@@ -170,7 +173,7 @@ def _ask_other(self:QueryGallery):
     self.others.show(hit_items(found.ranking),
                      f"{found.title}; {same} of them are hits of {self.names[0]} too")
 
-# %% ../../nbs/80c_gallery.app.ipynb #daa5dab7
+# %% ../../nbs/80c_gallery.app.ipynb #e475e084
 @patch
 def settings(self:QueryGallery) -> dict: # as `Session.ask` takes them; None for what is not set
     "What the controls say of how to search."
@@ -199,7 +202,7 @@ def ask(self:QueryGallery,
 def _again(self:QueryGallery):
     if self.session.view is not None: self.ask()
 
-# %% ../../nbs/80c_gallery.app.ipynb #30fa87d5
+# %% ../../nbs/80c_gallery.app.ipynb #4f311ecf
 @patch
 def turn(self:QueryGallery,
     page:int, # which page of the chooser, from 0; beyond the last one it stays there
@@ -240,7 +243,7 @@ def ask_place(self:QueryGallery,
     name = self._do(action)
     return name and self.ask(name)
 
-# %% ../../nbs/80c_gallery.app.ipynb #63d12008
+# %% ../../nbs/80c_gallery.app.ipynb #91b76838
 UPLOAD_LIMIT = 64 << 20
 
 @patch
@@ -283,7 +286,7 @@ def to_html(self:QueryGallery) -> str: # a <section>, or nothing before the firs
     "The hits as a static gallery."
     return self.session.view.ranking._repr_html_() if self.session.view else ''
 
-# %% ../../nbs/80c_gallery.app.ipynb #3406d428
+# %% ../../nbs/80c_gallery.app.ipynb #7fee4177
 def open_gallery(
     run_dir:str|Path, # an indexed run
     other:str|Path|None=None, # another run over the same archive, to compare with

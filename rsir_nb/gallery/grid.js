@@ -13,7 +13,7 @@ function element(tag, props = {}, ...children) {
   return node;
 }
 
-export function render({ model, el }) {
+function render({ model, el }) {
   const pictures = new Map();          // key -> object URL
   const wanted = new Set();
   let cards = [], current = 0, timer = null;
@@ -77,7 +77,7 @@ export function render({ model, el }) {
       const sign = element("span", { "aria-hidden": "true" }, SIGNS[item.kind] + " ");
       caption.append(element("span", { class: "mark" }, sign, item.words));
     }
-    if (item.caption) caption.append(element("span", {}, item.caption));
+    if (item.caption) caption.append(element("span", { class: "rsir-labels" }, item.caption));
     const open = element("button", {
       type: "button", class: `rsir-card rsir-${item.kind}`, tabindex: index === current ? "0" : "-1",
       "data-key": item.key,
