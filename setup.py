@@ -22,7 +22,7 @@ setup(
     author_email=cfg["author_email"],
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["rsir_nb", "rsir_nb.*"]),
-    package_data={"rsir_nb": ["configs/*.yaml", "configs/*/*.yaml"]},
+    package_data={"rsir_nb": ["configs/*.yaml", "configs/*/*.yaml", "gallery/*.js", "gallery/*.css"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -171,7 +171,7 @@ def _rule(where, theme):
 _NIGHT = f"@media screen and (prefers-color-scheme:dark){{{_rule('.rsir', 'dark')}}}"
 _THEME = '\n'.join([_rule('.rsir', 'light'), _NIGHT, _rule('[data-jp-theme-light=true] .rsir', 'light'),
                     _rule('[data-jp-theme-light=false] .rsir', 'dark')])
-_STYLE = f"<style>\n{_THEME}{_PARTS}</style>\n"
+STYLE = f"<style>\n{_THEME}{_PARTS}</style>\n"
 
 # %% ../nbs/02a_html.ipynb #0e4fa11c
 @dataclass
@@ -221,7 +221,7 @@ def html_gallery(
         hits = f'<div class="rsir-ranking"><div>{asked}</div>\n{hits}</div>'
     head = f'<h{level}>{escape(title)}</h{level}>\n<p class="quiet">{summary(cards)}</p>'
     box = f'class="rsir rsir-gallery" style="--tile:{size}px" aria-label="{escape(title)}"'
-    return f'{_STYLE}<section {box}>\n{head}\n{hits}\n</section>\n'
+    return f'{STYLE}<section {box}>\n{head}\n{hits}\n</section>\n'
 
 # %% ../nbs/02a_html.ipynb #389a3c92
 def summary(
@@ -298,13 +298,13 @@ def html_page(
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(title)}</title>
-{_STYLE.replace('</style>', _PAGE + '</style>')}</head>
+{STYLE.replace('</style>', _PAGE + '</style>')}</head>
 <body class="rsir">
 <a class="rsir-skip" href="#main">Skip to the content</a>
 <div class="rsir-page">
 <header><h1>{escape(title)}</h1>{lead}</header>
 <main id="main">
-{body.replace(_STYLE, '')}
+{body.replace(STYLE, '')}
 </main>
 {footer}</div>
 </body>

@@ -1,0 +1,48 @@
+"A notebook with a gallery over a simulated archive, for the tests in a browser."
+import json
+from pathlib import Path
+
+SETUP = '''
+from pathlib import Path
+from rsir_nb.core import METHODS
+from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.engine.encode import encode
+from rsir_nb.engine.hash import paired_features
+from rsir_nb.engine.search import Retriever
+from rsir_nb.gallery.app import QueryGallery
+from rsir_nb.methods.hashing import train_heads
+
+archive = SyntheticArchive(n_places=12, patches_per_place={patches}, img_size=60)
+home = Path('search').absolute()
+if home.is_dir(): retriever = Retriever.load(home, archive=archive)
+else:
+    method = METHODS.create('band_cca', sensors=archive.sensors, img_size=60).fit(archive.split('train'))
+    features = encode(method, archive.split('train'), 'features', progress=False)
+    method.heads = train_heads(paired_features(features), n_bits=32, min_steps=50, progress=False).heads
+    retriever = Retriever.build(method, archive, home, progress=False)
+'''
+
+
+def notebook(*cells):
+    "A notebook of these code cells."
+    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=o.strip())
+             for i, o in enumerate(cells)]
+    kernel = dict(kernelspec=dict(display_name="Python 3", language="python", name="python3"))
+    return dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)
+
+
+def write_notebook(path, show="gallery", patches=4, k=12):
+    "Write the notebook of a gallery; `show` is its last cell."
+    cells = [SETUP.format(patches=patches), f"gallery = QueryGallery(retriever, k={k})", show]
+    Path(path).write_text(json.dumps(notebook(*cells)))
+    return Path(path)
+
+
+def build(folder, patches=4):
+    "Make archive and retriever of the notebook in this process, in `folder`."
+    import os
+    names, here = {}, os.getcwd()
+    os.chdir(folder)
+    try: exec(SETUP.format(patches=patches), names)
+    finally: os.chdir(here)
+    return names["archive"], names["retriever"]
