@@ -70,6 +70,14 @@ def test_a_password_is_not_kept(run, tmp_path, monkeypatch):
     assert read_json(tmp_path/"r"/"retriever.json")["engine"] == "postgresql://me@host/db"
 
 
+def test_a_server_that_does_not_answer_changes_nothing(run, capsys):
+    before = answers(open_search(run), open_search(run).store.ids[:2])
+    assert main(["index", str(run), "index.engine=postgresql://me:secret@127.0.0.1:1/x"]) == 2
+    told = capsys.readouterr().err
+    assert "does not answer" in told and "secret" not in told
+    assert answers(open_search(run), open_search(run).store.ids[:2]) == before
+
+
 def test_engines_that_do_not_exist(run, capsys):
     with pytest.raises(UnknownNameError, match="engine of an index"): IndexConfig("faiss")
     assert main(["index", str(run), "index.engine=hamming2"]) == 2

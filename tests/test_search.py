@@ -181,7 +181,7 @@ def test_a_method_without_codes_searches_embeddings(tmp_path, run, archive):
     plain = Retriever.build(build_method(run, archive), archive, tmp_path/"r", progress=False)
     got = plain.query(archive.ids[2], target="s2", k=4)
     assert len(got) == 4 and got.n_bits is None
-    with pytest.raises(UnknownNameError): plain.query(archive.ids[2], target="s2", by="codes")
+    with pytest.raises(InputError, match="rsir hash"): plain.query(archive.ids[2], target="s2", by="codes")
 
 
 def test_patches_that_one_sensor_has_not_seen(tmp_path, run, retriever, archive):

@@ -85,9 +85,8 @@ def build(cls:Retriever,
         told = dict(weights=method.weights_hash, codes=store.provenance['checksum'],
                     indexes=list(store.codes), engine=_without_password(engine))
         if not (path/'retriever.json').is_file() or read_json(path/'retriever.json') != told:
-            (path/'retriever.json').unlink(missing_ok=True)
-            method.save(path/'method')
             for m in store.codes: _fill(engine, path, m, store)
+            method.save(path/'method')
             write_json(path/'retriever.json', told)
     return cls.load(path, archive=source if isinstance(source, Archive) else None)
 
@@ -129,6 +128,9 @@ def _address(engine, modality, store):
     table = f"rsir_{store.provenance['checksum'][:12]}_{re.sub(r'[^a-z0-9]', '_', modality.lower())}"
     return f"{engine}{'&' if '?' in engine else '?'}table={table}"
 
+def _file(engine, path, modality):
+    return path/'index'/(f'{modality}.index' if engine == 'hamming' else f'{modality}.{engine}')
+
 def _fill(engine, path, modality, store):
     "Make the index of one sensor's codes, or finish what was begun."
     rows, codes = np.flatnonzero(store.present(modality)), store.codes[modality]
@@ -138,11 +140,11 @@ def _fill(engine, path, modality, store):
         return fill_index(index, codes[rows], rows, store.table.iloc[rows])
     index = INDEXES.create(engine, n_bits=store.n_bits)
     index.add(codes if len(rows) == len(codes) else codes[rows], ids=rows)
-    return index.save(path/'index'/f'{modality}.index')
+    return index.save(_file(engine, path, modality))
 
 def _open(engine, path, modality, store, mmap):
     "The index of one sensor's codes."
-    if not _ADDRESS.match(engine): return INDEXES.get(engine).load(path/'index'/f'{modality}.index', mmap)
+    if not _ADDRESS.match(engine): return INDEXES.get(engine).load(_file(engine, path, modality), mmap)
     index, wanted = open_index(_address(engine, modality, store)), int(store.present(modality).sum())
     if len(index) != wanted: raise CorruptError(f"{engine} does not hold the codes of {modality}",
         found=f"{len(index):,} codes", wanted=f"{wanted:,}", remedy="index the run again with --overwrite")

@@ -29,6 +29,7 @@ def _index(self, target, by):
     "The index over one sensor's codes, or over its embeddings, which is made when first asked for."
     held = dict(codes=self.indexes, embeddings=self.store.embeddings)
     if by not in held: raise unknown_name('way to search', by, held)
+    if not held[by]: raise InputError(f"there are no {by} to search", remedy=_MADE_BY[by])
     if target not in held[by]: raise unknown_name(f"sensor with {by}", target, held[by])
     if by == 'codes': return self.indexes[target]
     if target not in self.vectors:
@@ -51,6 +52,9 @@ def _comparable(asked, by):
     if by not in asked.found: raise InputError(f"the query {asked.name!r} has no {by}",
                                                remedy="search by the other kind")
     return np.asarray(asked.found[by], None if by == 'codes' else np.float32)
+
+_MADE_BY = dict(codes="train hash heads with `rsir hash`, then index again",
+                embeddings="encode with embeddings=True, then index again")
 
 # %% ../../nbs/73_engine.search.ipynb #07d3c1d7
 def _ranking(self, about, target, dists, rows, k, n_bits, filters, columns=None, **info):
