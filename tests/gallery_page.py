@@ -12,7 +12,7 @@ from rsir_nb.engine.search import Retriever
 from rsir_nb.gallery.app import QueryGallery
 from rsir_nb.methods.hashing import train_heads
 
-archive = SyntheticArchive(n_places=12, patches_per_place={patches}, img_size=60)
+archive = SyntheticArchive(n_places={places}, patches_per_place=4, img_size=60)
 home = Path('search').absolute()
 if home.is_dir(): retriever = Retriever.load(home, archive=archive)
 else:
@@ -31,18 +31,18 @@ def notebook(*cells):
     return dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)
 
 
-def write_notebook(path, show="gallery", patches=4, k=12):
+def write_notebook(path, show="gallery", places=12, k=12):
     "Write the notebook of a gallery; `show` is its last cell."
-    cells = [SETUP.format(patches=patches), f"gallery = QueryGallery(retriever, k={k})", show]
+    cells = [SETUP.format(places=places), f"gallery = QueryGallery(retriever, k={k})", show]
     Path(path).write_text(json.dumps(notebook(*cells)))
     return Path(path)
 
 
-def build(folder, patches=4):
+def build(folder, places=12):
     "Make archive and retriever of the notebook in this process, in `folder`."
     import os
     names, here = {}, os.getcwd()
     os.chdir(folder)
-    try: exec(SETUP.format(patches=patches), names)
+    try: exec(SETUP.format(places=places), names)
     finally: os.chdir(here)
     return names["archive"], names["retriever"]
