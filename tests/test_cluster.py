@@ -5,12 +5,11 @@ import pytest
 import torch
 from engine_run import tiny_config
 from engines import nodes  # noqa: F401
-from rsir_nb.core import BusyError, InputError, UnknownNameError
+from rsir_nb.core import BusyError, InputError, UnknownNameError, folder_lock
 from rsir_nb.engine.cluster import encode_on_ray, evaluate_on_ray
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.evaluate import evaluate_store
 from rsir_nb.engine.hash import train_hash
-from rsir_nb.core import folder_lock
 from rsir_nb.engine.train import build_archive, load_method, pretrain
 
 
