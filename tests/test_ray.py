@@ -145,11 +145,11 @@ def test_a_killed_writer_leaves_the_state_before(nodes, tmp_path):  # noqa: F811
 
 
 def test_two_writers_do_not_meet_and_readers_can_follow(nodes, tmp_path):  # noqa: F811
-    from rsir_nb.retrieval.shards import _writing
+    from rsir_nb.core import folder_lock
     codes = clustered(60)
     ix = RayIndex.build(tmp_path/"shards", codes, shards=2, searchers=nodes.pool)
     other = RayIndex(ix.folder, searchers=nodes.pool)
-    with _writing(ix.folder):
+    with folder_lock(ix.folder):
         for call in lambda: ix.add(codes), lambda: ix.remove([0]):
             with pytest.raises(BusyError): call()
     ix.add(codes[:2])

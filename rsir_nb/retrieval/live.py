@@ -307,7 +307,9 @@ def save(self:LiveIndex,
     path:str|Path, # file to write
 ) -> Path: # `path`
     "Write what is left into one file that `HammingIndex.load` opens."
-    return self._now.joined().save(path)
+    index = self._now.joined()
+    index._next = max(index._next, self._now.state['next']) # ids of what was deleted are not given again
+    return index.save(path)
 
 # %% ../../nbs/41d_retrieval.live.ipynb #86df0c85
 @patch
