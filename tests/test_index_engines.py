@@ -5,7 +5,7 @@ import pytest
 from engine_run import tiny_config
 from engines import nodes, postgres  # noqa: F401
 from rsir_nb.cli import main
-from rsir_nb.core import CorruptError, UnknownNameError, read_json
+from rsir_nb.core import CorruptError, InputError, UnknownNameError, read_json
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.retriever import IndexConfig, Retriever, open_search
 from rsir_nb.engine.stages import index_run
@@ -59,15 +59,30 @@ def test_a_cluster(run, nodes, tmp_path):  # noqa: F811
     assert answers(Retriever.load(tmp_path/"r"), ids[:1]) == answers(plain, ids[:1])
 
 
-def test_a_password_is_not_kept(run, tmp_path, monkeypatch):
-    "The address in the folder names the user and nothing else."
+@pytest.mark.parametrize("address, kept", [
+    ("postgresql://me:secret@host/db", "postgresql://me@host/db"),
+    ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me"),
+    ("postgresql://host/db?password=secret&user=me", "postgresql://host/db?user=me"),
+    ("postgresql://host/db?password=secret", "postgresql://host/db")])
+def test_a_password_is_used_and_not_kept(run, tmp_path, monkeypatch, address, kept):
+    "The whole address opens the index, also right after it is made; the folder keeps the rest of it."
     from rsir_nb.engine import retriever as page
-    monkeypatch.setattr(page, "open_index", lambda where, **kw: type("Full", (), dict(
-        __len__=lambda self: len(plain), n_bits=plain.store.n_bits))())
+    plain, asked = open_search(run), []
+    def opened(where, **kw):
+        asked.append(where)
+        return type("Full", (), dict(__len__=lambda self: len(plain), n_bits=plain.store.n_bits))()
+    monkeypatch.setattr(page, "open_index", opened)
     monkeypatch.setattr(page, "fill_index", lambda index, *args: index)
-    plain = open_search(run)
-    Retriever.build(plain.method, plain.store, tmp_path/"r", engine="postgresql://me:secret@host/db")
-    assert read_json(tmp_path/"r"/"retriever.json")["engine"] == "postgresql://me@host/db"
+    Retriever.build(plain.method, plain.store, tmp_path/"r", engine=address)
+    assert len(asked) == 4 and all("secret" in o for o in asked)
+    assert read_json(tmp_path/"r"/"retriever.json")["engine"].rstrip("?") == kept
+    Retriever.load(tmp_path/"r")
+    assert "secret" not in asked[-1]
+    Retriever.load(tmp_path/"r", engine=address)
+    assert "secret" in asked[-1]
+    with pytest.raises(InputError, match="searched elsewhere") as e:
+        Retriever.load(tmp_path/"r", engine="postgresql://me:secret@other/db")
+    assert "secret" not in str(e.value)
 
 
 def test_a_server_that_does_not_answer_changes_nothing(run, capsys):

@@ -48,6 +48,7 @@ class Retriever:
         mmap:bool=True, # map the index into memory instead of reading it
         device:str='cpu', # where queries are encoded
         archive:Archive|None=None, # where pictures of the hits come from
+        engine:str|None=None, # the address again, where it needs a password that is not kept
     ): # Retriever
         "Open a folder, checking that its parts belong together."
         path = Path(path)
@@ -57,7 +58,10 @@ class Retriever:
         if told['codes'] != store.provenance['checksum']:
             raise CorruptError(f"{path} has an index of other codes", found=told['codes'],
                                wanted=store.provenance['checksum'], remedy="build it again")
-        indexes = {m: _open(told.get('engine', 'hamming'), path, m, store, mmap) for m in told['indexes']}
+        kept = told.get('engine', 'hamming')
+        if engine is not None and _without_password(engine) != kept:
+            raise InputError(f"{path} is searched elsewhere", found=_without_password(engine), wanted=kept)
+        indexes = {m: _open(engine or kept, path, m, store, mmap) for m in told['indexes']}
         return cls(Method.load(path/'method', device), store, indexes, path, archive)
 
     @property
@@ -88,7 +92,7 @@ def build(cls:Retriever,
             for m in store.codes: _fill(engine, path, m, store)
             method.save(path/'method')
             write_json(path/'retriever.json', told)
-    return cls.load(path, archive=source if isinstance(source, Archive) else None)
+    return cls.load(path, archive=source if isinstance(source, Archive) else None, engine=engine)
 
 # %% ../../nbs/72b_engine.retriever.ipynb #b380ef25
 def _adopt(store, path):
@@ -120,7 +124,9 @@ _ADDRESS = re.compile(r'(postgres(ql)?://|ray:)')
 register_schema('index', IndexConfig)
 
 # %% ../../nbs/72b_engine.retriever.ipynb #42c3d58d
-def _without_password(engine): return re.sub(r'(://[^:/@]*):[^@/]*@', r'\1@', engine)
+def _without_password(engine):
+    engine = re.sub(r'(://[^:/@]*):[^@/]*@', r'\1@', engine)
+    return re.sub(r'([?&])password=[^&]*(&|$)', lambda o: o[1] if o[2] else '', engine)
 
 def _address(engine, modality, store):
     "Where one sensor's codes of one code store are kept."
@@ -146,8 +152,8 @@ def _open(engine, path, modality, store, mmap):
     "The index of one sensor's codes."
     if not _ADDRESS.match(engine): return INDEXES.get(engine).load(_file(engine, path, modality), mmap)
     index, wanted = open_index(_address(engine, modality, store)), int(store.present(modality).sum())
-    if len(index) != wanted: raise CorruptError(f"{engine} does not hold the codes of {modality}",
-        found=f"{len(index):,} codes", wanted=f"{wanted:,}", remedy="index the run again with --overwrite")
+    if len(index) != wanted: raise CorruptError(
+        f"{_without_password(engine)} does not hold the codes of {modality}", found=f"{len(index):,} codes", wanted=f"{wanted:,}", remedy="index the run again with --overwrite")
     return index
 
 # %% ../../nbs/72b_engine.retriever.ipynb #f8e127ed
