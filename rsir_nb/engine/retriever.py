@@ -153,7 +153,8 @@ def _open(engine, path, modality, store, mmap):
     if not _ADDRESS.match(engine): return INDEXES.get(engine).load(_file(engine, path, modality), mmap)
     index, wanted = open_index(_address(engine, modality, store)), int(store.present(modality).sum())
     if len(index) != wanted: raise CorruptError(
-        f"{_without_password(engine)} does not hold the codes of {modality}", found=f"{len(index):,} codes", wanted=f"{wanted:,}", remedy="index the run again with --overwrite")
+        f"{_without_password(engine)} does not hold the codes of {modality}",
+        found=f"{len(index):,} codes", wanted=f"{wanted:,}", remedy="index the run again with --overwrite")
     return index
 
 # %% ../../nbs/72b_engine.retriever.ipynb #f8e127ed
