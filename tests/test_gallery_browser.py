@@ -48,7 +48,11 @@ def server(module, folder, *options):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     args = [sys.executable, "-m", module, "--no-browser", f"--port={port}", *options]
-    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder/"config"), "JUPYTER_DATA_DIR": str(folder/"data")}
+    quiet = folder/"settings"/"@jupyterlab"/"apputils-extension"/"notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True, exist_ok=True)
+    quiet.write_text('{"fetchNews": "false"}')
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder/"config"), "JUPYTER_DATA_DIR": str(folder/"data"),
+           "JUPYTERLAB_SETTINGS_DIR": str(folder/"settings")}
     log = open(folder/f"{module}.log", "w")
     process = subprocess.Popen(args, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
@@ -126,7 +130,7 @@ def test_a_click_asks_and_ranks_as_the_api_does(lab, retriever, shots):
     wait_for(lab, lambda: f"for {name}" in status(lab))
     assert names(lab, "Hits") == retriever.query(name, "s1", k=12).ids
     images = cards(lab, "Hits").locator("img")
-    wait_for(lab, lambda: images.evaluate_all("all => all.slice(0, 6).every(o => o.naturalWidth > 0)"))
+    wait_for(lab, lambda: images.evaluate_all("all => all.slice(0, 3).every(o => o.naturalWidth > 0)"))
     lab.screenshot(path=shots/"gallery_hits.png")
     hit = names(lab, "Hits")[2]
     cards(lab, "Hits").nth(2).click()
@@ -195,6 +199,14 @@ def test_what_is_wrong_is_said_where_the_user_looks(lab, folder, shots):
     assert names(lab, "Hits") == before
 
 
+def test_the_query_stands_beside_its_hits(lab):
+    query = status(lab).split(" for ")[1].split(",")[0]
+    assert names(lab, "Query") == [query]
+    picture = cards(lab, "Query").locator("img")
+    assert picture.get_attribute("alt").startswith(f"the query: {query}")
+    wait_for(lab, lambda: picture.evaluate("o => o.naturalWidth > 0"))
+
+
 def test_hits_are_written_and_read_back(lab, folder):
     field = lab.get_by_label("Write to")
     field.fill("hits.csv")
@@ -216,6 +228,18 @@ def serious(page):
 def test_nothing_serious_stands_in_the_way(lab):
     pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
     assert serious(lab) == []
+
+
+def test_a_restarted_kernel_is_told_and_the_cells_bring_it_back(lab, shots):
+    kernel = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
+    lab.evaluate(f"async () => {{ await {kernel}.restart() }}")
+    wait_for(lab, lambda: "has stopped" in status(lab))
+    assert lab.locator("[aria-label='Hits'] .rsir-error").count() == 1
+    lab.screenshot(path=shots/"gallery_restarted.png")
+    lab.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    wait_for(lab, lambda: "Choose a patch" in status(lab))
+    cards(lab, "Patches to choose from").nth(1).click()
+    wait_for(lab, lambda: cards(lab, "Hits").count() == 12)
 
 
 def test_a_thousand_hits_scroll(folder, retriever, browser, shots):

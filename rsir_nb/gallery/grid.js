@@ -1,6 +1,7 @@
 // A grid of pictures: buttons with alternative text, walked by arrow keys, pictures fetched when they come into view.
 // State lives in Python (rsir_nb.gallery.grid); this file draws `items` and reports what the user does.
 
+const GONE = "The kernel behind these pictures has stopped. Run the notebook's cells again to go on.";
 const SIGNS = { good: "✓", bad: "✗", none: "○" };
 
 function element(tag, props = {}, ...children) {
@@ -16,7 +17,7 @@ function element(tag, props = {}, ...children) {
 function render({ model, el }) {
   const pictures = new Map();          // key -> object URL
   const wanted = new Set();
-  let cards = [], current = 0, timer = null;
+  let cards = [], current = 0, timer = null, gone = false;
 
   const list = element("ul", { class: "rsir-grid" });
   const status = element("p", { class: "quiet", role: "status", "aria-live": "polite" });
@@ -63,6 +64,19 @@ function render({ model, el }) {
     return button;
   }
 
+  function whyButton(item, index) {
+    const button = element("button", {
+      type: "button", class: "rsir-verdict rsir-why", "aria-label": `why ${item.name} matches`,
+      tabindex: index === current ? "0" : "-1",
+    }, "Why?");
+    button.addEventListener("click", () => why(item));
+    return button;
+  }
+
+  function why(item) {
+    if (model.get("explainable")) model.send({ type: "why", key: item.key });
+  }
+
   function mark(item, verdict) {
     if (!model.get("markable")) return;
     model.send({ type: "mark", key: item.key, verdict: item.verdict === verdict ? null : verdict });
@@ -78,19 +92,22 @@ function render({ model, el }) {
       caption.append(element("span", { class: "mark" }, sign, item.words));
     }
     if (item.caption) caption.append(element("span", { class: "rsir-labels" }, item.caption));
-    const open = element("button", {
-      type: "button", class: `rsir-card rsir-${item.kind}`, tabindex: index === current ? "0" : "-1",
-      "data-key": item.key,
-    }, img, caption);
+    const look = { class: `rsir-card rsir-${item.kind}`, "data-key": item.key };
+    if (item.still) {
+      const open = element("div", { ...look, class: `${look.class} rsir-still` }, img, caption);
+      observer.observe(open);
+      return { row: element("li", {}, open), open, img, item };
+    }
+    const open = element("button", { type: "button", tabindex: index === current ? "0" : "-1", ...look }, img, caption);
     if (item.chosen) open.setAttribute("aria-current", "true");
     open.addEventListener("click", () => model.send({ type: "open", key: item.key }));
     open.addEventListener("keydown", (event) => onKey(event, index));
     open.addEventListener("focus", () => setCurrent(index));
     const row = element("li", {}, open);
-    if (model.get("markable")) {
-      row.append(element("div", { class: "rsir-verdicts", role: "group", "aria-label": `judge ${item.name}` },
-        markButton(item, "good", index), markButton(item, "bad", index)));
-    }
+    const tools = element("div", { class: "rsir-verdicts", role: "group", "aria-label": `what of ${item.name}` });
+    if (model.get("markable")) tools.append(markButton(item, "good", index), markButton(item, "bad", index));
+    if (model.get("explainable")) tools.append(whyButton(item, index));
+    if (tools.children.length) row.append(tools);
     observer.observe(open);
     return { row, open, img, item };
   }
@@ -121,6 +138,7 @@ function render({ model, el }) {
       cards[next].open.focus();
     } else if (event.key === "g" || event.key === "+") mark(cards[index].item, "good");
     else if (event.key === "b" || event.key === "-") mark(cards[index].item, "bad");
+    else if (event.key === "w" || event.key === "?") why(cards[index].item);
     else return;
     event.preventDefault();
     event.stopPropagation();           // the notebook has keys of its own
@@ -159,23 +177,30 @@ function render({ model, el }) {
   }
 
   function tell() {
-    status.textContent = model.get("status");
-    status.classList.toggle("rsir-error", model.get("failed"));
+    status.textContent = gone ? GONE : model.get("status");
+    status.classList.toggle("rsir-error", gone || model.get("failed"));
+  }
+
+  function onKernel() {                // the widget outlives its kernel: what is pressed then would reach nobody
+    gone = true;
+    tell();
   }
 
   model.on("change:items change:tile change:label", draw);
-  model.on("change:markable", () => {
+  model.on("change:markable change:explainable", () => {
     cards = [];
     draw();
   });
   model.on("change:status change:failed", tell);
   model.on("msg:custom", onMessage);
+  model.on("comm_live_update", onKernel);
   draw();
   tell();
   return () => {
     observer.disconnect();
     for (const url of pictures.values()) URL.revokeObjectURL(url);
     model.off("msg:custom", onMessage);
+    model.off("comm_live_update", onKernel);
   };
 }
 
