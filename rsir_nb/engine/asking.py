@@ -34,6 +34,7 @@ class Asked:
     found:dict # 'codes' uint8 (1,n_bits/8) and 'embeddings' float16 (1,D), those there are
     about:dict # id, sensor, and where known labels, geometry, picture
     row:int|None = None # where it stands in the archive's table; None for what is not of the archive
+    image:Any = None # the image itself in raw units, (C,H,W); None for a patch of the archive
 
     @property
     def name(self): return self.about['id']
@@ -92,7 +93,7 @@ def _ask_array(self, x, source, name='array'):
         remedy="pass source=" if fits else None)
     check_patch(x, sensors[fits[0]], name)
     about = dict(id=name, sensor=fits[0], picture=to_rgb(x, sensors[fits[0]].bands))
-    return Asked(fits[0], encode_batch(self.method, [x], fits[0]), about)
+    return Asked(fits[0], encode_batch(self.method, [x], fits[0]), about, image=x)
 
 Asker.ask_array = _ask_array
 

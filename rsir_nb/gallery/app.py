@@ -8,6 +8,7 @@ __all__ = ['UPLOAD_LIMIT', 'QueryGallery', 'open_gallery']
 # %% ../../nbs/80d_gallery.app.ipynb #265d2d1e
 import logging, tempfile
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..config import load_run_config
 from ..core import InputError, RsirError
 from ..engine.retriever import Retriever, open_search
 from ..engine.train import build_archive
+from ..engine.why import explain
 from ..html import to_png
 from .controls import ANY, make_controls, read_settings
 from .grid import ImageGrid, hit_items, patch_item, query_item
@@ -39,7 +41,9 @@ class QueryGallery:
         self.controls = make_controls(self.session)
         self.chooser = ImageGrid(self.session.thumbs, self._open, label='Patches to choose from', tile=120)
         self.question = ImageGrid(self._question_picture, label='Query', tile=160)
-        self.hits = ImageGrid(self.session.thumbs, self._open, self._mark, label='Hits', tile=128)
+        self.hits = ImageGrid(self.session.thumbs, self._open, self._mark, self.explain, label='Hits',
+                              tile=128)
+        self.why = w.HTML()
         self.others = None if self.other is None else \
             ImageGrid(self.other.thumbs, self._open, label=f'Hits of {names[1]}', tile=128)
         self._wire()
@@ -91,7 +95,7 @@ def _arranged(self:QueryGallery):
     for o in grids: o.layout.flex = '1 1 20rem'
     self.question.layout.flex = '0 1 12rem'
     return w.VBox([*choose, *ask, _row(c['back'], c['refine'], c['name'], c['export']),
-                   _row(self.question, *grids)])
+                   _row(self.question, *grids), self.why])
 
 def _row(*children): return w.HBox(children, layout=w.Layout(flex_flow='row wrap', grid_gap='.25rem'))
 
@@ -125,6 +129,7 @@ def _draw(self:QueryGallery, status=None):
     view = self.session.view
     if view is None: return self.hits.show([], status or 'Choose a patch to see what is like it.')
     if status is None: status = view.title + _effect_words(view)
+    self.why.value = ''
     self.question.show([query_item(view.ranking)])
     self.hits.show(hit_items(view.ranking, view.marks), status)
     for o in self.chooser.items: o['chosen'] = o['name'] == view.query
@@ -234,6 +239,16 @@ def back(self:QueryGallery):
 def refine(self:QueryGallery):
     "Ask again with the marks."
     return self._do(self.session.refine)
+
+@patch
+def explain(self:QueryGallery,
+    name:str, # a hit's id
+):
+    "Say below the hits why one of them matches."
+    view, retriever = self.session.view, self.session.retriever
+    def action(): return explain(retriever, view.query, name, view.source, view.ranking.sensor)
+    found = self._do(action, lambda o: f"Why {name} matches is told below the hits")
+    if found is not None: self.why.value = f"<h3>Why {escape(name)} matches</h3>{found._repr_html_()}"
 
 @patch
 def export(self:QueryGallery,
