@@ -14,20 +14,20 @@ from typing import Sequence
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from omegaconf import OmegaConf
 
-from ..charts import html_figure, new_axes, show_bars, show_curve
+from ..charts import html_figure, new_axes, show_bars
 from ..config import load_run_config, register_schema, to_dict
 from ..core import InputError, atomic_path, check_arguments, make_rng, read_json, unknown_name
 from ..data.base import Archive
 from .encode import encode_run, skipped_patches
 from .evaluate import Evaluation, arrows, evaluate
+from .progress import loss_curves, reconstructions
 from .protocols import (Direction, System, directions, group_parts, rank_direction,
                                       store_labels)
 from .search import open_search
-from .train import build_archive, read_history
-from ..html import Card, html_gallery, html_img, html_page, html_table
+from .train import build_archive
+from ..html import Card, html_gallery, html_page, html_table
 from ..retrieval.scores import METRICS
 from ..show import to_rgb
 
@@ -130,23 +130,8 @@ def _curves(evaluation):
 def _training(run_dir):
     "Loss curve and reconstructions, where the method was trained."
     if not (run_dir/'metrics.csv').is_file(): return ''
-    history = read_history(run_dir)
-    terms = [o for o in history if o not in ('step', 'epoch', 'lr') and history[o].notna().all()]
-    means = history.groupby('epoch')[terms].mean()
-    ax = show_curve(means.index + 1, {o: means[o].tolist() for o in terms[:6]}, xlabel='epoch', ylabel='loss',
-                    title='Training: mean loss of each epoch, and its terms')
-    return f"<h2>Training</h2>\n{html_figure(ax)}{_reconstructions(run_dir)}"
+    return f"<h2>Training</h2>\n{html_figure(loss_curves(run_dir))}{reconstructions(run_dir)}"
 
-def _reconstructions(run_dir):
-    "The first and the last epoch's picture."
-    pictures = sorted((run_dir/'pictures').glob('epoch_*.png'))
-    html = "<h3>What it makes of a patch that it sees a part of</h3>\n" if pictures else ''
-    for path in dict.fromkeys([*pictures[:1], *pictures[-1:]]):
-        epoch, rgb = int(path.stem.split('_')[1]) + 1, np.asarray(Image.open(path).convert('RGB'))
-        alt = f"After epoch {epoch}: a patch of each sensor, what was visible of it, and what was guessed"
-        html += (f"<figure>{html_img(rgb, alt, min(rgb.shape[1], 640))}"
-                 f"<figcaption>After epoch {epoch}</figcaption></figure>\n")
-    return html
 
 # %% ../../nbs/76_engine.report.ipynb #0457265c
 def direction_gallery(

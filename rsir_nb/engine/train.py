@@ -11,7 +11,7 @@ import io, logging, os, shutil, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import pandas as pd
 import torch
@@ -191,6 +191,7 @@ def pretrain(
     cfg:DictConfig, # a whole config, of `load_config`; `out` is the run's folder
     resume:bool=True, # go on where a killed run was; False starts over
     progress:bool=True, # show a progress bar
+    callbacks:Sequence=(), # further Lightning callbacks, e.g. a `LiveView`
 ) -> Path: # the run's folder
     "Train the method that `cfg` describes, or finish what was begun; a finished run returns at once."
     run_dir, main = Path(cfg.out), rank_zero_only.rank == 0
@@ -204,7 +205,7 @@ def pretrain(
         archive, start = build_archive(cfg.data), time.time()
         method = build_method(cfg, archive)
         if main: save_config(cfg, run_dir)
-        if method.needs_training: _fit(method, archive, cfg, run_dir, progress)
+        if method.needs_training: _fit(method, archive, cfg, run_dir, progress, callbacks)
         elif hasattr(method, 'fit'): method.fit(split_of(archive, trainer_config(cfg).train_split))
         if main: _finish(method, run_dir, time.time() - start)
     return run_dir
@@ -215,13 +216,13 @@ def _finish(method, run_dir, seconds):
     method.cpu().save(run_dir/'method')
     write_json(run_dir/'finished.json', dict(weights_hash=method.weights_hash, seconds=round(seconds, 1)))
 
-def _fit(method, archive, cfg, run_dir, progress):
+def _fit(method, archive, cfg, run_dir, progress, callbacks):
     "Lightning's loop, from the last checkpoint if there is one."
     o = trainer_config(cfg)
     train, val = split_of(archive, o.train_split), o.val_split and split_of(archive, o.val_split)
     data = ArchiveData(train, val, batch_size=o.batch_size, num_workers=o.num_workers, seed=cfg.seed,
                        augment=o.augment, modalities=list(method.sensors))
-    callbacks = [EpochSeeds(cfg.seed), CsvLog(run_dir/'metrics.csv', o.log_every)]
+    callbacks = [EpochSeeds(cfg.seed), CsvLog(run_dir/'metrics.csv', o.log_every), *callbacks]
     if o.pictures: callbacks.append(EpochPictures(run_dir/'pictures', first_pairs(val or train, method, 1),
                                                   o.pictures))
     if progress: callbacks.append(RunBar(run_dir.name))
