@@ -180,6 +180,50 @@ def test_across_sensors(lab, retriever):
     wait_for(lab, lambda: "S1 → S1" in status(lab))
 
 
+def test_why_a_hit_matches_is_told(lab, shots):
+    hit = names(lab, "Hits")[1]
+    cards(lab, "Hits").nth(1).focus()
+    lab.keyboard.press("w")
+    wait_for(lab, lambda: f"Why {hit} matches" in status(lab))
+    told = lab.locator(".jupyter-widgets .rsir", has_text="bits are the same").last
+    told.scroll_into_view_if_needed()
+    assert told.locator("img").evaluate_all("all => all.length > 1 && all.every(o => o.naturalWidth > 0 && o.alt)")
+    lab.screenshot(path=shots/"gallery_why.png")
+
+
+def test_a_box_drawn_on_the_map_filters(lab, retriever, shots):
+    query = status(lab).split("Why ")[-1].split(" ")[0] if "Why" in status(lab) else None
+    lab.get_by_role("button", name="Map").click()
+    ground = lab.locator(".leaflet-container")
+    ground.wait_for()
+    ground.scroll_into_view_if_needed()
+    pins = ground.locator(".leaflet-marker-icon[title*=distance]")
+    wait_for(lab, lambda: pins.count() == 12)
+    assert not lab.locator("img.leaflet-tile").count(), "the map asks nobody for tiles"
+    lab.wait_for_timeout(500)
+    lab.screenshot(path=shots/"gallery_map.png")
+    before = names(lab, "Hits")
+    ground.locator(".leaflet-draw-draw-rectangle").click()
+    frame, pin = ground.bounding_box(), pins.nth(3).bounding_box()
+    x, y = pin["x"] + pin["width"]/2, pin["y"] + pin["height"]/2
+    side = min(60, x - frame["x"] - 5, frame["x"] + frame["width"] - x - 5)
+    lab.mouse.move(x - side, y - side)
+    lab.mouse.down()
+    lab.mouse.move(x + side, y + side, steps=5)
+    lab.mouse.up()
+    field = lab.get_by_label("Box")
+    wait_for(lab, lambda: field.input_value().count(",") == 3)
+    box = [float(o) for o in field.input_value().split(",")]
+    assert box[0] < box[2] and box[1] < box[3]
+    wait_for(lab, lambda: names(lab, "Hits") != before)
+    asked = names(lab, "Query")[0]
+    assert names(lab, "Hits") == retriever.query(asked, "s1", k=12, box=box).ids and query != asked
+    field.fill("")
+    field.press("Enter")
+    wait_for(lab, lambda: names(lab, "Hits") == before)
+    lab.get_by_role("button", name="Map").click()
+
+
 def test_what_is_wrong_is_said_where_the_user_looks(lab, folder, shots):
     before = names(lab, "Hits")
     upload = folder/"notes.tif"

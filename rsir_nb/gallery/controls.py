@@ -50,6 +50,7 @@ def make_controls(
         label=_menu(labels, 'With label', ANY), where=_text('Where', "e.g. date >= '2018-06-01'"),
         box=_text('Box', 'west, south, east, north'), back=_button('Back', 'The question before'),
         refine=_button('Refine', 'Ask again with the marked hits'),
+        map=w.ToggleButton(description='Map', tooltip='Where the hits are', layout=w.Layout(width='auto')),
         name=_text('Write to', 'hits.geojson, .parquet, .csv or .html'),
         export=_button('Write', 'Write the hits'))
 
