@@ -145,9 +145,14 @@ _PARTS = """
 .rsir tbody th{font-weight:400}
 .rsir thead th{border-bottom:2px solid var(--quiet);vertical-align:bottom}
 .rsir .number{text-align:right}
-.rsir .number,.rsir .whole{white-space:nowrap}
+.rsir td.number,.rsir .whole{white-space:nowrap}
 @media (max-width:40rem){.rsir-ranking{grid-template-columns:1fr}
-  .rsir th,.rsir td{padding-right:.8rem}}
+  .rsir th,.rsir td{padding-right:.8rem}
+  .rsir-wide{background:linear-gradient(90deg,var(--page) 40%,transparent) 0 0/3rem 100% local,
+    linear-gradient(270deg,var(--page) 40%,transparent) 100% 0/3rem 100% local,
+    linear-gradient(90deg,var(--line),transparent) 0 0/1rem 100%,
+    linear-gradient(270deg,var(--line),transparent) 100% 0/1rem 100%,var(--page);
+    background-repeat:no-repeat}}
 """
 
 # %% ../nbs/02a_html.ipynb #051d5890
