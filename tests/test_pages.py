@@ -75,6 +75,8 @@ def alt_faults(cells):
             lists = "[" + ", ".join(['"what is to be seen"']*n) + "]"
             yield (f"{where}: {n} pictures and {len(texts)} texts. Look at the output and write "
                    f"`#| fig-alt: {lists if n > 1 else lists[1:-1]}` in one line before the code.")
+        if len(texts) > 1 and not all(any(k.startswith("image/") for k in o) for o in data[:n]):
+            yield f"{where}: Quarto hands the list out to all outputs, and one before a picture is none; split the cell"
         if texts and not re.match(r"(#\|.*\n)*#\|\s*fig-alt:", source(cell)):
             yield f"{where}: fig-alt belongs to the lines at the top of the cell, or nobody reads it"
         if any(re.match(r"#\|\s*(fig-alt:\s*$|-)", o) for o in lines):
@@ -97,11 +99,12 @@ def test_every_picture_has_its_text(page):
     assert not faults, "\n".join(faults)
 
 
-def picture_cell(text, n=1, html=None):
-    data = [{"image/png": "iVBORw0="}]*n + ([{"text/html": [html]}] if html else [])
+def picture_cell(text, n=1, html=None, first=None):
+    data = [first]*bool(first) + [{"image/png": "iVBORw0="}]*n + ([{"text/html": [html]}] if html else [])
     return dict(cell_type="code", source=[text], outputs=[dict(output_type="display_data", data=o) for o in data])
 
 
+TWO = '#| slow\n#| fig-alt: ["A query and its five hits.", "Bars of four methods: the last leads."]\nshow()'
 GOOD = '#| fig-alt: "Two curves: both fall, one of them faster."\nshow()'
 
 
@@ -109,6 +112,7 @@ GOOD = '#| fig-alt: "Two curves: both fall, one of them faster."\nshow()'
     ([picture_cell("show()")], "1 pictures and 0 texts"),
     ([picture_cell(GOOD, n=2)], "2 pictures and 1 texts"),
     ([picture_cell(GOOD, n=0)], "0 pictures and 1 texts"),
+    ([picture_cell(TWO, n=2, first={"text/plain": "7"})], "split the cell"),
     ([picture_cell('#| fig-alt: ""\nshow()')], "20 to 300"),
     ([picture_cell('#| fig-alt: "Figure of two curves that both fall."\nshow()')], "what is to be seen"),
     ([picture_cell('#| fig-alt:\n#|   - "Two curves that both fall."\nshow()')], "in one line"),
@@ -122,9 +126,8 @@ def test_a_missing_text_is_found(cells, told):
 
 
 def test_good_texts_pass():
-    two = '#| slow\n#| fig-alt: ["A query and its five hits.", "Bars of four methods: the last leads."]\nshow()'
     html = '<img src="a.png" alt="a lake"><svg></svg>'
-    assert not list(alt_faults([picture_cell(GOOD), picture_cell(two, n=2), picture_cell("x", n=0, html=html)]))
+    assert not list(alt_faults([picture_cell(GOOD), picture_cell(TWO, n=2), picture_cell("x", n=0, html=html)]))
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)

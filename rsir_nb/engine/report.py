@@ -135,7 +135,6 @@ def _training(run_dir):
     means = history.groupby('epoch')[terms].mean()
     ax = show_curve(means.index + 1, {o: means[o].tolist() for o in terms[:6]}, xlabel='epoch', ylabel='loss',
                     title='Training: mean loss of each epoch, and its terms')
-    ax.xaxis.get_major_locator().set_params(integer=True)
     return f"<h2>Training</h2>\n{html_figure(ax)}{_reconstructions(run_dir)}"
 
 def _reconstructions(run_dir):
