@@ -117,14 +117,12 @@ _PARTS = """
   font:1rem/1.55 system-ui,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
 .rsir h1,.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem;overflow-wrap:anywhere}
 .rsir .quiet,.rsir figcaption,.rsir caption{color:var(--quiet)}
-.rsir figure{margin:0}
-.rsir img{max-width:100%;height:auto}
-.rsir-pixels{image-rendering:pixelated}
+.rsir figure,.rsir-gallery li{margin:0}
+.rsir img{max-width:100%;height:auto} .rsir-pixels{image-rendering:pixelated}
 .rsir-gallery{padding:.75rem 0}
 .rsir-ranking{display:grid;grid-template-columns:auto 1fr;gap:1.25rem;align-items:start}
 .rsir-gallery ol{list-style:none;margin:0;padding:0;display:grid;gap:.75rem;
   grid-template-columns:repeat(auto-fill,minmax(var(--tile),1fr))}
-.rsir-gallery li{margin:0}
 .rsir-card{display:flex;flex-direction:column;height:100%;box-sizing:border-box;background:var(--card);
   border:3px var(--line);border-radius:8px;padding:5px;overflow:hidden}
 .rsir-card img{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:3px}
@@ -144,8 +142,7 @@ _PARTS = """
 .rsir th:last-child,.rsir td:last-child{padding-right:0}
 .rsir tbody th{font-weight:400}
 .rsir thead th{border-bottom:2px solid var(--quiet);vertical-align:bottom}
-.rsir .number{text-align:right}
-.rsir td.number,.rsir .whole{white-space:nowrap}
+.rsir .number{text-align:right} .rsir td.number,.rsir .whole{white-space:nowrap}
 @media (max-width:40rem){.rsir-ranking{grid-template-columns:1fr}
   .rsir th,.rsir td{padding-right:.8rem}
   .rsir-wide{background:linear-gradient(90deg,var(--page) 40%,transparent) 0 0/3rem 100% local,
