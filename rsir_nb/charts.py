@@ -127,7 +127,7 @@ def show_bars(
         ax.bar(at, y, 0.77/n, label=name, **look)
         if errors is not None: ax.errorbar(at, y, around, fmt='none', ecolor=_INK, elinewidth=1, capsize=2)
         for o in zip(at, y, y + around.where(y >= 0, -around), strict=True): _number(ax, *o, digits)
-    ax.set_xticks(x, [textwrap.fill(str(o), 16) for o in table.index])
+    ax.set_xticks(x, _folded(ax, table.index))
     if not ylim: ax.margins(y=0.2)
     _frame(ax, title, '', ylabel, ylim)
     if n > 1: ax.legend(fontsize=7, frameon=False, labelcolor=_INK, ncols=4, loc='upper left')
@@ -141,6 +141,12 @@ def _number(ax, at, value, end, digits):
         shift = 2 if value >= 0 else -8
         ax.annotate(f"{value:.{digits}f}", (at, end), (0, shift), textcoords='offset points', fontsize=6,
                     color=_INK, ha='center')
+
+def _folded(ax, names):
+    "Names below the bars in as many lines as keep them apart."
+    room = ax.get_position().width*ax.figure.get_figwidth()/max(1, len(names))
+    letters = min(16, max(5, int(room*17)))                     # a letter of 7 points is about 1/17 inch wide
+    return [textwrap.fill(str(o), letters, break_long_words=False) for o in names]
 
 def _bar_table(values):
     "Groups in rows, series in columns; plain numbers become one series without a name."

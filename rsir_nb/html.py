@@ -7,7 +7,7 @@ __all__ = ['THEMES', 'MARKS', 'contrast_ratio', 'Mark', 'mark_of', 'to_png', 'ht
            'summary', 'html_table', 'html_page']
 
 # %% ../nbs/02a_html.ipynb #841e6bbd
-import base64, io, math
+import base64, io, math, re
 from dataclasses import dataclass
 from html import escape
 from typing import Any, Mapping, Sequence
@@ -104,20 +104,25 @@ def html_img(
     return (f'<img{sharp} src="data:image/png;base64,{data}" alt="{escape(alt)}" '
             f'width="{round(w*scale)}" height="{round(h*scale)}">')
 
+# %% ../nbs/02a_html.ipynb #e3b866d8
+def _breakable(text):
+    "A text as HTML whose long words may be broken behind an underscore."
+    part = lambda o: o[0].replace('_', '_<wbr>') if len(o[0]) > 20 else o[0]
+    return re.sub(r'\S+', part, escape(str(text)))
+
+
 # %% ../nbs/02a_html.ipynb #4e5b15d8
 _PARTS = """
 .rsir{background:var(--page);color:var(--ink);
   font:1rem/1.55 system-ui,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
 .rsir h1,.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem;overflow-wrap:anywhere}
 .rsir .quiet,.rsir figcaption,.rsir caption{color:var(--quiet)}
-.rsir figure{margin:0}
-.rsir img{max-width:100%;height:auto}
-.rsir-pixels{image-rendering:pixelated}
+.rsir figure,.rsir-gallery li{margin:0}
+.rsir img{max-width:100%;height:auto} .rsir-pixels{image-rendering:pixelated}
 .rsir-gallery{padding:.75rem 0}
 .rsir-ranking{display:grid;grid-template-columns:auto 1fr;gap:1.25rem;align-items:start}
 .rsir-gallery ol{list-style:none;margin:0;padding:0;display:grid;gap:.75rem;
   grid-template-columns:repeat(auto-fill,minmax(var(--tile),1fr))}
-.rsir-gallery li{margin:0}
 .rsir-card{display:flex;flex-direction:column;height:100%;box-sizing:border-box;background:var(--card);
   border:3px var(--line);border-radius:8px;padding:5px;overflow:hidden}
 .rsir-card img{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:3px}
@@ -131,11 +136,20 @@ _PARTS = """
 .rsir-wide{overflow-x:auto;margin:1rem 0}
 .rsir table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9375rem}
 .rsir caption{text-align:left;padding:0 0 .4rem;font-size:.9375rem}
-.rsir th,.rsir td{padding:.3rem .8rem .3rem 0;text-align:left;border-bottom:1px solid var(--line)}
+.rsir caption span{position:sticky;left:0;display:inline-block;max-width:calc(100vw - 2.5rem)}
+.rsir th,.rsir td{padding:.3rem 1.5rem .3rem 0;text-align:left;vertical-align:top;
+  border-bottom:1px solid var(--line)}
+.rsir th:last-child,.rsir td:last-child{padding-right:0}
 .rsir tbody th{font-weight:400}
 .rsir thead th{border-bottom:2px solid var(--quiet);vertical-align:bottom}
-.rsir .number{text-align:right}
-@media (max-width:40rem){.rsir-ranking{grid-template-columns:1fr}}
+.rsir .number{text-align:right} .rsir td.number,.rsir .whole{white-space:nowrap}
+@media (max-width:40rem){.rsir-ranking{grid-template-columns:1fr}
+  .rsir th,.rsir td{padding-right:.8rem}
+  .rsir-wide{background:linear-gradient(90deg,var(--page) 40%,transparent) 0 0/3rem 100% local,
+    linear-gradient(270deg,var(--page) 40%,transparent) 100% 0/3rem 100% local,
+    linear-gradient(90deg,var(--line),transparent) 0 0/1rem 100%,
+    linear-gradient(270deg,var(--line),transparent) 100% 0/1rem 100%,var(--page);
+    background-repeat:no-repeat}}
 """
 
 # %% ../nbs/02a_html.ipynb #051d5890
@@ -215,11 +229,11 @@ def html_gallery(
     "A ranking as a static gallery, framed by relevance."
     cards = as_cards(cards)
     hits = ''.join(f'<li>{_figure(o, o.mark.key, size)}</li>\n' for o in cards)
-    hits = f'<ol>\n{hits}</ol>' if cards else '<p>There are no hits.</p>'
+    hits = f'<ol role="list">\n{hits}</ol>' if cards else '<p>There are no hits.</p>'
     if query is not None:
         asked = _figure(as_cards([query])[0], 'query', size)
         hits = f'<div class="rsir-ranking"><div>{asked}</div>\n{hits}</div>'
-    head = f'<h{level}>{escape(title)}</h{level}>\n<p class="quiet">{summary(cards)}</p>'
+    head = f'<h{level}>{_breakable(title)}</h{level}>\n<p class="quiet">{summary(cards)}</p>'
     box = f'class="rsir rsir-gallery" style="--tile:{size}px" aria-label="{escape(title)}"'
     return f'{STYLE}<section {box}>\n{head}\n{hits}\n</section>\n'
 
@@ -263,19 +277,20 @@ def html_table(
         cells = [_cell(o, digits, i < table.index.nlevels, tops[i]) for i, o in enumerate(row)]
         rows.append(f"<tr>{''.join(cells)}</tr>\n")
     return (f'<div class="rsir rsir-wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
-            f'<table><caption>{escape(caption)}</caption>\n<thead><tr>{"".join(head)}</tr></thead>\n'
+            f'<table><caption><span>{escape(caption)}</span></caption>\n<thead><tr>{"".join(head)}</tr></thead>\n'
             f'<tbody>\n{"".join(rows)}</tbody></table></div>\n')
 
 # %% ../nbs/02a_html.ipynb #0226fccd
 def _align(values):
-    "The class of a cell that holds numbers."
-    return ' class="number"' if pd.api.types.is_numeric_dtype(np.asarray(values)) else ''
+    "The class of a cell that holds numbers, or a text that should not be broken, such as a date."
+    if pd.api.types.is_numeric_dtype(np.asarray(values)): return ' class="number"'
+    return ' class="whole"' if isinstance(values, str) and re.fullmatch(r'[-+.:\d ]+', values) else ''
 
 def _cell(value, digits, header, top):
     "One cell; bold if its value is `top`."
-    if header: return f'<th scope="row">{escape(str(value))}</th>'
+    if header: return f'<th scope="row">{_breakable(value)}</th>'
     real = isinstance(value, (float, np.floating))
-    text = '–' if real and math.isnan(value) else f"{value:,.{digits}f}" if real else escape(str(value))
+    text = '–' if real and math.isnan(value) else f"{value:,.{digits}f}" if real else _breakable(value)
     return f'<td{_align(value)}>{f"<strong>{text}</strong>" if value == top else text}</td>'
 
 # %% ../nbs/02a_html.ipynb #c660004e
@@ -302,7 +317,7 @@ def html_page(
 <body class="rsir">
 <a class="rsir-skip" href="#main">Skip to the content</a>
 <div class="rsir-page">
-<header><h1>{escape(title)}</h1>{lead}</header>
+<header><h1>{_breakable(title)}</h1>{lead}</header>
 <main id="main">
 {body.replace(STYLE, '')}
 </main>

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from fastcore.docments import docments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,80 @@ def test_saved_outputs_are_there_and_small(page):
         for output in cell["outputs"]:
             size = len("".join(output.get("data", {}).get("image/png", "")))
             assert size < 205_000, f"a picture of {size*3//4//1000} kB in {source(cell)[:60]!r}"
+
+
+def alt_texts(text):
+    "The texts of a cell's `fig-alt`, a string or a list of strings on one line."
+    found = re.search(r"^#\|\s*fig-alt:[ ]*(.+)$", text, re.M)
+    value = yaml.safe_load(found[1]) if found else []
+    return [str(o) for o in value] if isinstance(value, list) else [str(value)]
+
+
+def alt_faults(cells):
+    "What is wrong with the texts of the saved pictures, and how to mend it."
+    seen = {}
+    for cell in (c for c in cells if c["cell_type"] == "code"):
+        data = [o.get("data", {}) for o in cell["outputs"]]
+        n, texts = sum(any(k.startswith("image/") for k in o) for o in data), alt_texts(source(cell))
+        code = re.sub(r"^#\|.*\n", "", source(cell), flags=re.M)
+        where, lines = repr(code[:60]), source(cell).splitlines()
+        if n != len(texts):
+            lists = "[" + ", ".join(['"what is to be seen"']*n) + "]"
+            yield (f"{where}: {n} pictures and {len(texts)} texts. Look at the output and write "
+                   f"`#| fig-alt: {lists if n > 1 else lists[1:-1]}` in one line before the code.")
+        if len(texts) > 1 and not all(any(k.startswith("image/") for k in o) for o in data[:n]):
+            yield f"{where}: Quarto hands the list out to all outputs, and one before a picture is none; split the cell"
+        if texts and not re.match(r"(#\|.*\n)*#\|\s*fig-alt:", source(cell)):
+            yield f"{where}: fig-alt belongs to the lines at the top of the cell, or nobody reads it"
+        if any(re.match(r"#\|\s*(fig-alt:\s*$|-)", o) for o in lines):
+            yield f"{where}: nbdev drops directives of several lines; write fig-alt in one line"
+        for text in texts:
+            if not 20 <= len(text.strip()) <= 300: yield f"{where}: one sentence of 20 to 300 characters, not {text!r}"
+            if re.match(r"(the |a |an )?(picture|figure|image)\b", text.strip(), re.I):
+                yield f"{where}: say what is to be seen; that {text!r} is a picture is known"
+            if text in seen: yield f"{where}: says the same as {seen[text]}; say what is different: {text!r}"
+            seen[text] = where
+        for html in ("".join(o.get("text/html", "")) for o in data):
+            for image in re.findall(r"<img\b[^>]*>", html):
+                if not re.search(r"""\balt=("[^"]*\S[^"]*"|'[^']*\S[^']*')""", image):
+                    yield f"{where}: an image of the saved HTML has no alt text: {image[:80]}"
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)
+def test_every_picture_has_its_text(page):
+    faults = list(alt_faults(cells_of(page)))
+    assert not faults, "\n".join(faults)
+
+
+def picture_cell(text, n=1, html=None, first=None):
+    data = [first]*bool(first) + [{"image/png": "iVBORw0="}]*n + ([{"text/html": [html]}] if html else [])
+    return dict(cell_type="code", source=[text], outputs=[dict(output_type="display_data", data=o) for o in data])
+
+
+TWO = '#| slow\n#| fig-alt: ["A query and its five hits.", "Bars of four methods: the last leads."]\nshow()'
+GOOD = '#| fig-alt: "Two curves: both fall, one of them faster."\nshow()'
+
+
+@pytest.mark.parametrize("cells, told", [
+    ([picture_cell("show()")], "1 pictures and 0 texts"),
+    ([picture_cell(GOOD, n=2)], "2 pictures and 1 texts"),
+    ([picture_cell(GOOD, n=0)], "0 pictures and 1 texts"),
+    ([picture_cell(TWO, n=2, first={"text/plain": "7"})], "split the cell"),
+    ([picture_cell('#| fig-alt: ""\nshow()')], "20 to 300"),
+    ([picture_cell('#| fig-alt: "Figure of two curves that both fall."\nshow()')], "what is to be seen"),
+    ([picture_cell('#| fig-alt:\n#|   - "Two curves that both fall."\nshow()')], "in one line"),
+    ([picture_cell('show()\n#| fig-alt: "Two curves that both fall."')], "top of the cell"),
+    ([picture_cell(GOOD), picture_cell(GOOD)], "says the same"),
+    ([picture_cell("x", n=0, html="<img src='a.png' alt=''>")], "has no alt text"),
+    ([picture_cell("x", n=0, html='<p><img src="a.png"></p>')], "has no alt text"),
+])
+def test_a_missing_text_is_found(cells, told):
+    assert told in "\n".join(alt_faults(cells))
+
+
+def test_good_texts_pass():
+    html = '<img src="a.png" alt="a lake"><svg></svg>'
+    assert not list(alt_faults([picture_cell(GOOD), picture_cell(TWO, n=2), picture_cell("x", n=0, html=html)]))
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=relative)

@@ -35,7 +35,7 @@ def cards(picture):
 
 class Tags(HTMLParser):
     "Open tags in order, and those that were never closed."
-    EMPTY = {"meta", "img", "br", "link"}
+    EMPTY = {"meta", "img", "br", "wbr", "link"}
 
     def __init__(self, html):
         super().__init__()

@@ -257,7 +257,7 @@ def to_html(self:Ranking,
     if picture or self.picture:
         query, hits = self._cards(picture)
         parts.append(html_gallery(hits, 'Hits', query=query))
-    parts.append(self._html_table())
+    parts.append(self._html_table('All hits, nearest first'))
     facts = '; '.join(f"{k} {v}" for k, v in self.provenance().items() if isinstance(v, (str, int, float)))
     page = html_page(title, ''.join(parts), footer=facts)
     if path is not None:
@@ -267,18 +267,23 @@ def to_html(self:Ranking,
 # %% ../../nbs/44_retrieval.ranking.ipynb #020ccf42
 _SHOWN = 'id', 'distance', 'hamming', 'relevant', 'labels', 'datetime', 'split'
 
+def _words(o):
+    "A value for people."
+    if _is_list(o): return ', '.join(map(str, o))
+    o = _plain(o)
+    if isinstance(o, bool): return 'yes' if o else 'no'
+    return '' if o is None else str(o).removesuffix(' 00:00:00')
+
 @patch
-def _html_table(self:Ranking):
+def _html_table(self:Ranking, caption=None):
     df = self.table().set_index('rank')
     df = df[[o for o in _SHOWN if o in df]].dropna(axis=1, how='all')
-    text = lambda o: '' if _plain(o) is None else str(_plain(o))
-    words = lambda o: ', '.join(map(str, o)) if _is_list(o) else text(o)
-    for name in df.columns.difference(['hamming', 'distance']):
-        df[name] = [words(o).removesuffix(' 00:00:00') for o in df[name]]
+    for name in df.columns.difference(['hamming', 'distance']): df[name] = [_words(o) for o in df[name]]
+    df = df.rename(columns=dict(datetime='date'))
     same = [o for o in df if len(df) > 1 and o not in ('id', 'hamming', 'distance') and df[o].nunique() == 1]
     told = '; '.join(f"{o} {df[o].iloc[0]}" for o in same)
     told = f'<p class="rsir quiet">The same in all: {escape(told)}.</p>' if told else ''
-    return html_table(df.drop(columns=same), self._title()) + told
+    return html_table(df.drop(columns=same), caption or self._title()) + told
 
 @patch
 def _repr_html_(self:Ranking):
