@@ -55,8 +55,8 @@ def test_lines_lie_at_round_degrees(low, high):
     assert np.allclose(width, width[0])
     digits = width[0]/10**np.floor(np.log10(width[0]) + 1e-9)
     assert min(abs(digits - o) for o in (1, 2, 5, 10)) < 1e-6
-    lines, labels = graticule((low, max(low, -80), high, min(max(high, low + 1e-3), 80))) if low > -90 else graticule((low, -80, high, 80))
-    assert len(labels) == len(lines["geometry"]["coordinates"])
+    lines, labels = graticule((low, -80, high, 80))
+    assert len(labels) == len(lines["geometry"]["coordinates"]) >= 4
 
 
 def test_degrees_in_words():
@@ -74,8 +74,9 @@ def test_one_hit_and_none():
 def test_the_live_map_reports_and_counts():
     pytest.importorskip("ipyleaflet", reason="ipyleaflet is not installed")
     said = []
-    live = HitMap(ranking([(10, 40, 11, 41), None], (9, 39, 10, 40)), on_open=lambda *o: said.append(o), on_box=said.append)
-    assert live.words.value == "1 of 2 hits have no known place"
+    found = ranking([(10, 40, 11, 41), None], (9, 39, 10, 40))
+    live = HitMap(found, on_open=lambda *o: said.append(o), on_box=said.append)
+    assert live.words.value.endswith(">1 of 2 hits have no known place")
     shapes = next(o for o in live.widget.layers if getattr(o, "data", {}).get("type") == "FeatureCollection")
     live._opened(feature=shapes.data["features"][1])
     ring = [[10, 40], [10, 42], [12, 42], [12, 40], [10, 40]]

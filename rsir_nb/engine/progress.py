@@ -33,9 +33,11 @@ def loss_curves(
     what = dict(epoch='mean loss of each epoch', step='loss of each step')[by]
     means = history.groupby(by)[terms].mean()
     curves = {o: means[o].dropna() for o in terms[:6]}
-    return show_curve({o: (c.index + (by == 'epoch')).tolist() for o, c in curves.items()},
-                      {o: c.tolist() for o, c in curves.items()}, xlabel=by, ylabel='loss',
-                      title=f'Training: {what}, and its terms')
+    ax = show_curve({o: (c.index + (by == 'epoch')).tolist() for o, c in curves.items()},
+                    {o: c.tolist() for o, c in curves.items()}, xlabel=by, ylabel='loss',
+                    title=f'Training: {what}, and its terms')
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return ax
 
 def reconstructions(
     run_dir:str|Path, # folder of a run

@@ -190,7 +190,8 @@ def turn(self:QueryGallery,
         seen = [m for m in (sensor, *self.session.sensors) if store.present(m)[rows[name]]]
         labels = table['labels'].iloc[rows[name]] if 'labels' in table else None
         items.append(patch_item(name, seen[0], labels))
-    self.chooser.show(items, f"Page {self.page + 1} of {last + 1}, {total:,} patches")
+    count = f"{total:,} patch{'' if total == 1 else 'es'}"
+    self.chooser.show(items, f"Page {self.page + 1} of {last + 1}, {count}")
     self.controls['previous'].disabled, self.controls['next'].disabled = self.page == 0, self.page == last
 
 @patch

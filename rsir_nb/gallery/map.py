@@ -200,7 +200,7 @@ def _ipyleaflet():
 
 def _words_control(lib, widget):
     import ipywidgets as w
-    words = w.HTML('')
+    words = w.HTML(_BARE)
     widget.add(lib.WidgetControl(widget=words, position='topright'))
     return words
 
@@ -227,7 +227,7 @@ def _show(self,
     shapes = lib.GeoJSON(data=dict(type='FeatureCollection', features=features), style_callback=_style,
                          hover_style=dict(weight=6))
     shapes.on_click(self._opened)
-    shapes.on_hover(lambda feature=None, **kwargs: setattr(self.words, 'value', _told(feature)))
+    shapes.on_hover(lambda feature=None, **kwargs: setattr(self.words, 'value', _BARE + _told(feature)))
     layers.append(shapes)
     for o in features[:NUMBERED + 1]:
         at, told = corners(o), o['properties']
@@ -239,9 +239,11 @@ def _show(self,
     self.widget.layers = tuple(layers)
     self.widget.fit_bounds([[south, west], [north, east]])
     missing = len(ranking) - sum(o['properties']['rank'] > 0 for o in features)
-    self.words.value = f"{missing} of {len(ranking)} hits have no known place" if missing else ''
+    self.words.value = _BARE + (f"{missing} of {len(ranking)} hits have no known place" if missing else '')
 
 HitMap.show = _show
+
+_BARE = '<style>.leaflet-div-icon{background:none;border:0}</style>' # pins bring their own look
 
 def _style(feature):
     kind = feature['properties']['kind']
@@ -253,7 +255,8 @@ def _told(feature): return (feature or {}).get('properties', {}).get('words', ''
 def _label(lib, location, text, kind):
     colour = THEMES['light'].get(kind, '#1b2027')
     plain = kind == 'rsir-degrees'
-    full = f'color:#fff;background:{colour};border-radius:8px;padding:0 4px;text-align:center'
+    edge = 'dashed' if kind == 'bad' else 'solid'
+    full = f'color:#fff;background:{colour};border:1px {edge} #fff;border-radius:8px;text-align:center'
     css = 'color:#535c68;font-size:11px' if plain else f'{full};font:600 11px sans-serif'
     size = 34 if plain else 20, 16
     icon = lib.DivIcon(html=f'<div style="{css}">{text}</div>', icon_size=size, bg_pos=(0, 0))
