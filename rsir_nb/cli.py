@@ -30,7 +30,7 @@ from .engine.train import build_archive, pretrain
 from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overwrite, ProtocolName,
                              RunFolder, SourceSensor, TargetSensor, changes_of, is_run, run_config, shown,
                              verb)
-from .verbs import bench_app, config_app, data_app, weights_app
+from .verbs import atlas_command, bench_app, config_app, data_app, weights_app
 from .verbs_codes import codes_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
@@ -38,6 +38,7 @@ app = typer.Typer(name='rsir', no_args_is_help=True, add_completion=False, prett
                   help="Search satellite archives by image, across sensors.")
 groups = dict(data=data_app, codes=codes_app, weights=weights_app, config=config_app, bench=bench_app)
 for name, verbs in groups.items(): app.add_typer(verbs, name=name)
+app.command('atlas')(atlas_command)
 
 # %% ../nbs/91_cli.ipynb #6a2d8b67
 def main(

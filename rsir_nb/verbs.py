@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['data_app', 'weights_app', 'WeightsFile', 'NumHeads', 'config_app', 'bench_app', 'convert_command', 'info_command',
            'verify_command', 'table_command', 'weights_info_command', 'weights_convert_command',
-           'weights_adopt_command', 'config_group', 'config_import_command', 'bench_group', 'bench_methods_command']
+           'weights_adopt_command', 'config_group', 'config_import_command', 'bench_group', 'bench_methods_command',
+           'atlas_command']
 
 # %% ../nbs/90c_verbs.ipynb #3951593e
 from pathlib import Path
@@ -22,8 +23,9 @@ from .engine.filters import filter_rows
 from .engine.imports import write_imported
 from .engine.published import adopt_weights, convert_weights
 from .engine.train import build_archive
+from .gallery.atlas import atlas
 from .models.weights import load_published
-from .options import DryRun, Filters, Overrides, Overwrite, shown, verb
+from .options import DryRun, Filters, Overrides, Overwrite, RunFolder, shown, verb
 from .retrieval.codes import CodeStore
 
 # %% ../nbs/90c_verbs.ipynb #b5aa02be
@@ -174,3 +176,16 @@ def bench_methods_command(
     print(table.round(3).to_string(index=False))
     print(f"{Path(out)/'methods.html'}: the same for people")
     return table
+
+# %% ../nbs/90c_verbs.ipynb #fd14101d
+def atlas_command(
+    run:RunFolder, # an encoded run
+    out:Annotated[Path, typer.Option(help="The page, or its folder; else RUN/atlas.html.")]=None, # where
+    how:Annotated[str, typer.Option(help="The map: pca, or tsne with the extra metric.")]='pca', # projection
+    radius:Annotated[int, typer.Option(help="Near-duplicates: largest difference in bits.")]=None, # how near
+    seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0, # of the draws
+):
+    "Write a page about a run's archive: labels, map, distances, scores, bits, duplicates."
+    path = atlas(run, out, how=how, radius=radius, seed=seed)
+    print(path)
+    return path

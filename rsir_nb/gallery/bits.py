@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bit_correlation', 'bit_table', 'show_bits', 'told_bits']
 
-# %% ../../nbs/81c_gallery.bits.ipynb #cb6a962b
+# %% ../../nbs/81c_gallery.bits.ipynb #d61ae12c
 import numpy as np
 import pandas as pd
 
@@ -14,7 +14,7 @@ from ..core import InputError
 from ..html import THEMES
 from ..retrieval.codes import bit_statistics, check_codes, unpack_bits
 
-# %% ../../nbs/81c_gallery.bits.ipynb #f545a2dd
+# %% ../../nbs/81c_gallery.bits.ipynb #682e4dd8
 def bit_correlation(
     codes:np.ndarray, # packed, uint8 (N,K/8)
     sample:int=100_000, # at most so many codes, evenly spaced, are looked at
@@ -42,7 +42,7 @@ def bit_table(
     found = dict(ones=p, entropy=entropy, partner=partner, correlation=r[np.arange(len(p)), partner])
     return pd.DataFrame(found).rename_axis('bit')
 
-# %% ../../nbs/81c_gallery.bits.ipynb #75e9140c
+# %% ../../nbs/81c_gallery.bits.ipynb #855530c3
 def show_bits(
     codes:np.ndarray, # packed, uint8 (N,K/8)
     title:str='', # what the codes are of, e.g. 'S1'
@@ -57,8 +57,8 @@ def show_bits(
     above.set(xlim=(-0.5, n - 0.5), ylim=(0, 1))
     above.set_ylabel('share of ones', fontsize=7)
     image = below.imshow(np.nan_to_num(r), cmap='cividis', vmin=0, vmax=1, interpolation='nearest')
-    below.set_xlabel('bit', fontsize=7)
-    fig.colorbar(image, ax=below, shrink=0.8, label='size of the correlation').ax.tick_params(labelsize=6)
+    below.set_xlabel('bit; colour: size of the correlation', fontsize=7)
+    fig.colorbar(image, ax=below, shrink=0.8).ax.tick_params(labelsize=6)
     for ax in above, below: ax.tick_params(labelsize=6.5, length=2)
     above.set_title(f"Bits{f' of {title}' if title else ''}: balance, and correlation of pairs", fontsize=9,
                     loc='left', color=ink)
@@ -71,9 +71,9 @@ def told_bits(
     "What the bits do, in words."
     told, table = bit_statistics(codes), bit_table(codes)
     p, pair = table['ones'], table['correlation'].abs()
-    words = (f"{told['n']:,} codes of {told['n_bits']} bits, {told['distinct']:,} of them distinct; a bit is 1 "
-             f"in {p.min():.0%} to {p.max():.0%} of the patches; mean entropy {told['entropy']:.2f} bits; mean "
-             f"correlation {told['mean_abs_correlation']:.2f}")
+    words = (f"{told['n']:,} codes of {told['n_bits']} bits, {told['distinct']:,} of them distinct; "
+             f"a bit is 1 in {p.min():.0%} to {p.max():.0%} of the patches; mean entropy "
+             f"{told['entropy']:.2f} bits; mean correlation {told['mean_abs_correlation']:.2f}")
     if told['constant_bits']: words += f"; bits that never change: {told['constant_bits']}"
     if not pair.notna().any(): return words
     bit = int(pair.idxmax())
