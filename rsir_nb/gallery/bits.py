@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bit_correlation', 'bit_table', 'show_bits', 'told_bits']
 
-# %% ../../nbs/81c_gallery.bits.ipynb #d61ae12c
+# %% ../../nbs/81c_gallery.bits.ipynb #d0e098b5
 import numpy as np
 import pandas as pd
 
@@ -14,7 +14,7 @@ from ..core import InputError
 from ..html import THEMES
 from ..retrieval.codes import bit_statistics, check_codes, unpack_bits
 
-# %% ../../nbs/81c_gallery.bits.ipynb #682e4dd8
+# %% ../../nbs/81c_gallery.bits.ipynb #74781972
 def bit_correlation(
     codes:np.ndarray, # packed, uint8 (N,K/8)
     sample:int=100_000, # at most so many codes, evenly spaced, are looked at
@@ -37,12 +37,12 @@ def bit_table(
     r = bit_correlation(codes, sample)
     np.fill_diagonal(r, np.nan)
     size = np.nan_to_num(np.abs(r), nan=-1)
-    partner = np.where(size.max(1) >= 0, size.argmax(1), -1)
+    partner = np.where(size.max(axis=1) >= 0, size.argmax(axis=1), -1)
     entropy = [sum(o*np.log2(1/o) for o in (q, 1 - q) if o > 0) for q in p]
     found = dict(ones=p, entropy=entropy, partner=partner, correlation=r[np.arange(len(p)), partner])
     return pd.DataFrame(found).rename_axis('bit')
 
-# %% ../../nbs/81c_gallery.bits.ipynb #855530c3
+# %% ../../nbs/81c_gallery.bits.ipynb #5d1e3b9d
 def show_bits(
     codes:np.ndarray, # packed, uint8 (N,K/8)
     title:str='', # what the codes are of, e.g. 'S1'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unit_square', 'group_looks', 'EmbeddingMap']
 
-# %% ../../nbs/81a_gallery.scatter.ipynb #0c007ab8
+# %% ../../nbs/81a_gallery.scatter.ipynb #4f9c70f4
 from importlib.resources import files
 from typing import Callable
 
@@ -20,7 +20,7 @@ from .projection import (POINT_COLOURS, POINT_FILLS, POINT_SHAPES, Projection, p
                                         projection_table, show_projection)
 from ..html import STYLE, THEMES, html_table
 
-# %% ../../nbs/81a_gallery.scatter.ipynb #39c1938a
+# %% ../../nbs/81a_gallery.scatter.ipynb #7b87ecf5
 def unit_square(
     xy:np.ndarray, # coordinates, (N,2)
 ) -> np.ndarray: # float32 (N,2), 0..1; the middle where a direction has no extent
@@ -37,7 +37,7 @@ def group_looks(
              for i, o in enumerate(names[:-2])]
     return shown + [dict(name=o, shape='o', colour=THEMES['light']['none'], rest=True) for o in names[-2:]]
 
-# %% ../../nbs/81a_gallery.scatter.ipynb #e606e470
+# %% ../../nbs/81a_gallery.scatter.ipynb #5ffbca6d
 _FOLDER = files('rsir_nb.gallery')
 
 class EmbeddingMap(anywidget.AnyWidget):
@@ -73,7 +73,7 @@ class EmbeddingMap(anywidget.AnyWidget):
         seen_by = points['sensor'].map(sensors.index).to_numpy(np.uint8)
         groups, looks = self._grouped(label)
         super().__init__(
-            xy=unit_square(points[['x', 'y']]).tobytes(), seen_by=seen_by.tobytes(), names=points['id'].tolist(),
+            xy=unit_square(points[['x', 'y']]).tobytes(), seen_by=seen_by.tobytes(), names=[*points['id']],
             labels=[None if o is None else [place[x] for x in o] for o in points['labels']], vocab=vocab,
             sensors=sensors, fills=[POINT_FILLS[i % 4] for i in range(len(sensors))], title=projection.title,
             groups=groups, looks=looks, automatic='the most frequent' if vocab else 'none is known',
@@ -81,7 +81,7 @@ class EmbeddingMap(anywidget.AnyWidget):
         self.observe(self._regroup, 'label')
         self.on_msg(self._heard)
 
-# %% ../../nbs/81a_gallery.scatter.ipynb #2f246b54
+# %% ../../nbs/81a_gallery.scatter.ipynb #001ee93d
 @patch
 def _grouped(self:EmbeddingMap, label):
     groups, names = point_groups(self.projection, label or None)
