@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_store', 'run_evaluation', 'class_scores', 'store_duplicates', 'atlas_section', 'atlas_body', 'atlas']
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #c81208a3
+# %% ../../nbs/81d_gallery.atlas.ipynb #6a80ce35
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..html import html_page, html_table
 from ..retrieval.codes import CodeStore
 from ..retrieval.duplicates import duplicate_groups, near_duplicates
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #a89cf8ab
+# %% ../../nbs/81d_gallery.atlas.ipynb #9862e74f
 def run_store(
     run_dir:str|Path, # folder of an encoded run
 ) -> CodeStore: # its codes, or embeddings
@@ -51,13 +51,13 @@ def run_evaluation(
     first = load_run_config(run_dir).evaluate.protocol
     found = sorted(Path(run_dir).glob('evaluation/*/evaluation.json'))
     found.sort(key=lambda o: o.parent.name != first)
-    if not found: raise MissingFileError("the run was not evaluated", remedy=f"rsir evaluate {run_dir}")
+    if not found: raise MissingFileError("the run was not evaluated", remedy=f"rsir evaluate {Path(run_dir).name}")
     for path in found:
         job = read_json(path).get('job') or {}
         if job.get('codes') == store.provenance['checksum']: return load_evaluation(path.parent)
-    raise InputError("the run was evaluated with other codes", remedy=f"rsir evaluate {run_dir}")
+    raise InputError("the run was evaluated with other codes", remedy=f"rsir evaluate {Path(run_dir).name}")
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #75a95295
+# %% ../../nbs/81d_gallery.atlas.ipynb #84a6924d
 def class_scores(
     evaluation:Evaluation, # of a run, with the scores of its queries
     store:CodeStore, # its codes, with labels
@@ -82,7 +82,7 @@ def class_scores(
     order = table.drop(columns='queries').mean(axis=1).sort_values(ascending=False, kind='stable').index
     return table.loc[order].rename_axis('class')
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #294fdff3
+# %% ../../nbs/81d_gallery.atlas.ipynb #03e29405
 def store_duplicates(
     store:CodeStore, # of `encode`, with codes
     sensor:str|None=None, # whose codes; by default the first's
@@ -98,7 +98,7 @@ def store_duplicates(
     return pd.DataFrame(dict(group=ids[groups[pairs.first]], id_a=ids[pairs.first], id_b=ids[pairs.second],
                              distance=pairs.dists))
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #96a281a5
+# %% ../../nbs/81d_gallery.atlas.ipynb #d7bd6869
 def atlas_section(
     title:str, # its heading
     make:Callable, # () -> HTML
@@ -117,7 +117,7 @@ def _why(error):
 
 def _para(*words): return f"<p>{escape(' '.join(words))}</p>\n"
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #21869e39
+# %% ../../nbs/81d_gallery.atlas.ipynb #cea8cd0e
 def _facts(store):
     "What there is, in numbers."
     table = store.table
@@ -143,7 +143,7 @@ def _places(table):
     return (f"{np.nanmin(west):.2f} to {np.nanmax(east):.2f} degrees east, "
             f"{np.nanmin(south):.2f} to {np.nanmax(north):.2f} degrees north")
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #7b40560d
+# %% ../../nbs/81d_gallery.atlas.ipynb #f8037667
 def _labels(store):
     "Counts and what stands together."
     counts = label_counts(store.table)
@@ -156,7 +156,7 @@ def _labels(store):
     title = f"Share of a row's patches that also have the column's label{', 30 labels'*(len(counts) > n)}"
     return html + html_figure(show_matrix(share.iloc[:n, :n], title=title, ends=(0, 1)))
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #4da169b1
+# %% ../../nbs/81d_gallery.atlas.ipynb #2a3fc87f
 def _map(store, how, limit, seed, highlights):
     "One map, or one for each sensor where they cannot be compared."
     widths = {x.shape[1] for x in (store.embeddings or store.codes).values()}
@@ -179,7 +179,7 @@ def _highlighted(found:Projection, n):
     single = all(o is None or len(o) < 2 for o in found.points['labels'])
     return [None] if single else found.labels[:n]
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #e10aac9d
+# %% ../../nbs/81d_gallery.atlas.ipynb #d427c155
 def _distances(store, limit, seed):
     "Densities in each direction, and their table."
     store_labels(store) # or the whole section has no sense
@@ -203,7 +203,7 @@ def _distances(store, limit, seed):
     table = html_table(pd.DataFrame(rows).set_index('direction'), 'Distances of pairs in each direction', 2)
     return text + table + html
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #99eae967
+# %% ../../nbs/81d_gallery.atlas.ipynb #9c1f7aad
 def _results(run_dir, store):
     "Scores by direction, then by class."
     found = run_evaluation(run_dir, store)
@@ -217,7 +217,7 @@ def _results(run_dir, store):
     text = html_table(table, 'mAP of each class, with its number of queries')
     return f"{html}<h3>By class</h3>\n{html_figure(heat)}{text}"
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #95ced493
+# %% ../../nbs/81d_gallery.atlas.ipynb #36e7166a
 def _bits(store):
     if not store.n_bits: raise InputError("the run has no codes, only embeddings")
     html = ''
@@ -239,7 +239,7 @@ def _doubles(store, archive, radius, rows):
             html += ''.join(duplicate_rows(store, pairs, archive_picture(archive), m, rows))
     return html
 
-# %% ../../nbs/81d_gallery.atlas.ipynb #29363129
+# %% ../../nbs/81d_gallery.atlas.ipynb #23276c37
 def atlas_body(
     store:CodeStore, # of `encode`
     archive:Archive|None=None, # for the pictures

@@ -7,7 +7,7 @@ __all__ = ['REST_GROUP', 'UNKNOWN_GROUP', 'POINT_COLOURS', 'POINT_SHAPES', 'POIN
            'store_vectors', 'Projection', 'project', 'point_groups', 'projection_table', 'told_projection',
            'show_projection']
 
-# %% ../../nbs/81_gallery.projection.ipynb #d7857e4f
+# %% ../../nbs/81_gallery.projection.ipynb #0144ad0c
 from dataclasses import dataclass
 from typing import Any, Literal, Sequence
 
@@ -21,7 +21,7 @@ from ..core import InputError, make_rng, unknown_name
 from ..html import THEMES
 from ..retrieval.codes import CodeStore, unpack_bits
 
-# %% ../../nbs/81_gallery.projection.ipynb #0a4b2cab
+# %% ../../nbs/81_gallery.projection.ipynb #f43291f3
 def principal_components(
     x:np.ndarray, # vectors, (N,D)
     n:int=2, # how many
@@ -39,7 +39,7 @@ def principal_components(
     share = values/total if total > 0 else values*0
     return np.pad(x @ axes, ((0, 0), (0, missing))), np.pad(share, (0, missing))
 
-# %% ../../nbs/81_gallery.projection.ipynb #cffd29b9
+# %% ../../nbs/81_gallery.projection.ipynb #d70a3140
 def neighbour_map(
     x:np.ndarray, # vectors, (N,D), N from 4
     perplexity:float=30, # neighbours that count, about; at most a third of the points
@@ -56,7 +56,7 @@ def neighbour_map(
     how = dict(perplexity=min(perplexity, (len(x) - 1)/3), init=begin.astype(np.float32), random_state=seed)
     return TSNE(2, **how).fit_transform(np.asarray(x, np.float32)).astype(np.float64)
 
-# %% ../../nbs/81_gallery.projection.ipynb #c99927c4
+# %% ../../nbs/81_gallery.projection.ipynb #c368b412
 def store_vectors(
     store:CodeStore, # of `encode`
     sensor:str, # whose
@@ -68,7 +68,7 @@ def store_vectors(
     if sensor in store.embeddings: return np.asarray(store.embeddings[sensor][rows], dtype=np.float32)
     return unpack_bits(store.codes[sensor][rows]).astype(np.float32)*2 - 1
 
-# %% ../../nbs/81_gallery.projection.ipynb #50cdc41b
+# %% ../../nbs/81_gallery.projection.ipynb #9088ee88
 @dataclass
 class Projection:
     "An archive as points in the plane."
@@ -103,7 +103,7 @@ class Projection:
                 f"{self.patches:,} of {self.total:,} patches"
         return f"{self.of.capitalize()} of {drawn}, {how}"
 
-# %% ../../nbs/81_gallery.projection.ipynb #2fa32469
+# %% ../../nbs/81_gallery.projection.ipynb #bc340e7e
 def project(
     store:CodeStore, # of `encode`
     how:Literal['pca', 'tsne']='pca', # principal components, or neighbourhoods
@@ -140,7 +140,7 @@ def _lists(table):
     known = lambda o: list(map(str, o)) if isinstance(o, (list, tuple, np.ndarray)) else None
     return [known(o) for o in table['labels']] if 'labels' in table else [None]*len(table)
 
-# %% ../../nbs/81_gallery.projection.ipynb #19537a7c
+# %% ../../nbs/81_gallery.projection.ipynb #69bd21e6
 REST_GROUP, UNKNOWN_GROUP = 'other labels', 'not labelled'
 
 def point_groups(
@@ -159,7 +159,7 @@ def point_groups(
     groups = np.array([group(o) for o in lists], dtype=np.int64)
     return groups, [*shown, REST_GROUP, UNKNOWN_GROUP]
 
-# %% ../../nbs/81_gallery.projection.ipynb #46ec174b
+# %% ../../nbs/81_gallery.projection.ipynb #0da41f31
 def projection_table(
     projection:Projection, # of `project`
     label:str|None=None, # the label to show, as of `point_groups`
@@ -188,7 +188,7 @@ def told_projection(
 
 _ROWS, _COLUMNS = ['bottom', 'middle', 'top'], ['left', 'centre', 'right']
 
-# %% ../../nbs/81_gallery.projection.ipynb #bf5cf462
+# %% ../../nbs/81_gallery.projection.ipynb #2faac1ba
 POINT_COLOURS = ['#0072b2', '#c85000', '#00795a', '#a8467f', '#6b4d00'] # on white, each 4.5:1 or more
 POINT_SHAPES, POINT_FILLS = 'osD^v', ['full', 'none', 'left', 'bottom']
 
@@ -201,7 +201,7 @@ def show_projection(
     "A map of the archive."
     ax, points = new_axes(ax, 7, 5), projection.points
     groups, names = point_groups(projection, label)
-    size = float(np.clip(60/np.sqrt(max(1, len(points))), 1.5, 5))
+    size = float(np.clip(60/np.sqrt(max(1, len(points))), 1.5, 5))*(1 if projection.labels else 2)
     for i in [o for o in (len(names) - 1, len(names) - 2, *range(len(names) - 2)) if (groups == o).any()]:
         for j, sensor in enumerate(projection.sensors):
             some = points[(groups == i) & (points['sensor'] == sensor).to_numpy()]
@@ -214,7 +214,7 @@ def show_projection(
     tell(ax, f"{title or projection.title}. {told_projection(projection, label)}")
     return ax
 
-# %% ../../nbs/81_gallery.projection.ipynb #ddb05bec
+# %% ../../nbs/81_gallery.projection.ipynb #4a8b58fe
 def _look(group, sensor, n, size):
     "Marker of a group (of `n`) seen by a sensor."
     rest = group >= n - 2

@@ -235,7 +235,10 @@ function render({ model, el }) {
     };
     const items = model.get("looks").map((look, i) => used.has(i) && item(stamps[i][0], look.name));
     const names = model.get("sensors");
-    if (names.length > 1) items.push(...names.map((o, j) => item(stamps[stamps.length - 1][j], o.toUpperCase())));
+    if (names.length > 1) {
+      const plain = { ...model.get("looks").at(-1), rest: false };
+      items.push(...names.map((o, j) => item(makeStamp(plain, model.get("fills")[j], ratio), o.toUpperCase())));
+    }
     legend.replaceChildren(...items.filter(Boolean));
   }
 
