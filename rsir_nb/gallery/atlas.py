@@ -51,11 +51,12 @@ def run_evaluation(
     first = load_run_config(run_dir).evaluate.protocol
     found = sorted(Path(run_dir).glob('evaluation/*/evaluation.json'))
     found.sort(key=lambda o: o.parent.name != first)
-    if not found: raise MissingFileError("the run was not evaluated", remedy=f"rsir evaluate {Path(run_dir).name}")
+    name = Path(run_dir).name # the page names no folder of this machine
+    if not found: raise MissingFileError("the run was not evaluated", remedy=f"rsir evaluate {name}")
     for path in found:
         job = read_json(path).get('job') or {}
         if job.get('codes') == store.provenance['checksum']: return load_evaluation(path.parent)
-    raise InputError("the run was evaluated with other codes", remedy=f"rsir evaluate {Path(run_dir).name}")
+    raise InputError("the run was evaluated with other codes", remedy=f"rsir evaluate {name}")
 
 # %% ../../nbs/81d_gallery.atlas.ipynb #84a6924d
 def class_scores(

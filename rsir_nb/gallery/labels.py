@@ -6,7 +6,7 @@
 __all__ = ['label_counts', 'show_label_counts', 'label_together', 'show_matrix', 'draw_pairs', 'pair_distances', 'Densities',
            'distance_densities', 'show_densities']
 
-# %% ../../nbs/81b_gallery.labels.ipynb #086da0fc
+# %% ../../nbs/81b_gallery.labels.ipynb #203c7db7
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from .projection import store_vectors
 from ..html import THEMES
 from ..retrieval.codes import CodeStore
 
-# %% ../../nbs/81b_gallery.labels.ipynb #cd7de9d6
+# %% ../../nbs/81b_gallery.labels.ipynb #cfb52f15
 def label_counts(
     table:pd.DataFrame, # of an archive or a store, with `labels`, lists of names
 ) -> pd.DataFrame: # one row a label, the most frequent first: patches, share, and patches of each split
@@ -45,7 +45,7 @@ def _labelled(table):
     if not len(known): raise InputError("no patch has a label", found=f"{len(table)} patches without")
     return known
 
-# %% ../../nbs/81b_gallery.labels.ipynb #e4229b4a
+# %% ../../nbs/81b_gallery.labels.ipynb #9dea63c2
 def show_label_counts(
     counts:pd.DataFrame, # of `label_counts`
     n:int=25, # labels drawn, the most frequent ones
@@ -65,7 +65,7 @@ def show_label_counts(
     tell(ax, f"Patches with each label{more}: {'; '.join(f'{k} {v:,}' for k, v in few['patches'].items())}")
     return ax
 
-# %% ../../nbs/81b_gallery.labels.ipynb #c6c9d914
+# %% ../../nbs/81b_gallery.labels.ipynb #39efaa85
 def label_together(
     table:pd.DataFrame, # of an archive or a store, with `labels`
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # patches with both labels, and their share of the row's, (L,L) each
@@ -77,7 +77,7 @@ def label_together(
     named = lambda x: pd.DataFrame(x, index=order, columns=list(order))
     return named(both), named(both/np.diag(both)[:, None])
 
-# %% ../../nbs/81b_gallery.labels.ipynb #5bfdfd33
+# %% ../../nbs/81b_gallery.labels.ipynb #54cd8fb8
 def show_matrix(
     matrix:pd.DataFrame, # numbers with names
     ax:Axes|None=None, # where to draw; a new figure by default
@@ -114,7 +114,7 @@ def _largest(matrix, digits, n):
     say = [f"{matrix.index[i]} and {matrix.columns[j]} {x[i, j]:.{digits}f}" for i, j in at]
     return f"{len(matrix)} rows, {matrix.shape[1]} columns; largest: {'; '.join(say) or 'none'}"
 
-# %% ../../nbs/81b_gallery.labels.ipynb #bdfdd3ca
+# %% ../../nbs/81b_gallery.labels.ipynb #a9beb535
 def draw_pairs(
     first:np.ndarray, # row numbers, (n,)
     second:np.ndarray, # row numbers, (m,)
@@ -159,7 +159,7 @@ def _distances(store, source, target, a, b):
     unit = lambda z: z/np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
     return 1 - (unit(x)*unit(y)).sum(1)
 
-# %% ../../nbs/81b_gallery.labels.ipynb #6c9f3c63
+# %% ../../nbs/81b_gallery.labels.ipynb #6b84f078
 @dataclass
 class Densities:
     "How the distances of two kinds of pairs are spread."
@@ -190,7 +190,7 @@ class Densities:
                 f"densities overlap by {self.overlap:.2f}; a pair with a label in common is nearer than one "
                 f"without with a chance of {self.nearer:.2f}")
 
-# %% ../../nbs/81b_gallery.labels.ipynb #805500c0
+# %% ../../nbs/81b_gallery.labels.ipynb #cc0c0bcc
 def distance_densities(
     pairs:pd.DataFrame, # of `pair_distances`
 ) -> Densities: # of pairs with and without a label in common
@@ -209,7 +209,7 @@ def _chance_nearer(a, b):
     larger, not_smaller = (len(b) - np.searchsorted(b, a, side=o) for o in ('right', 'left'))
     return float((larger + not_smaller).sum()/(2*len(a)*len(b)))
 
-# %% ../../nbs/81b_gallery.labels.ipynb #bd99580d
+# %% ../../nbs/81b_gallery.labels.ipynb #2e6e301b
 def show_densities(
     densities:Densities, # of `distance_densities`
     ax:Axes|None=None, # where to draw; a new figure by default
