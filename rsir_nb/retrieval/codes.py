@@ -94,8 +94,8 @@ def bit_statistics(
     codes = check_codes(codes)
     if not len(codes): raise InputError("there are no codes to take statistics of", found="an empty array")
     x = unpack_bits(codes[::-(-len(codes)//sample)]).astype(np.float32)
-    ones, k = x.mean(0, dtype=np.float64), x.shape[1]
-    p = np.clip(ones, 1e-12, 1 - 1e-12)
+    ones, k = x.mean(0), x.shape[1]
+    p = np.clip(ones.astype(np.float64), 1e-12, 1 - 1e-12)
     entropy = -(p*np.log2(p) + (1-p)*np.log2(1-p))
     moving = (ones > 0) & (ones < 1)
     z = (x[:, moving] - ones[moving]) / np.sqrt((ones*(1-ones))[moving])
