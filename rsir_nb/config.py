@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'TOP_KEYS', 'SCHEMAS', 'CHECKS', 'DERIVED', 'CONFIGS', 'reg
            'load_run_config']
 
 # %% ../nbs/01_config.ipynb #6045fcf1
-import importlib.util, inspect, platform, re, subprocess
+import importlib.util, inspect, logging, platform, re, subprocess
 from dataclasses import is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -306,6 +306,13 @@ def load_run_config(
     if missing: raise CorruptError(f"{path} is not complete", found=f"nothing for {', '.join(missing)}",
                                    wanted="the config of a run, as it was saved",
                                    remedy="restore the file, or train the run again with --fresh")
+    _load_plugins(found['plugins'] or [])
     cfg = OmegaConf.create(found)
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+def _load_plugins(plugins):
+    "What the run was made with; codes can be searched without, so that a missing one is told, not refused."
+    for o in plugins:
+        try: fill_registries([o])
+        except MissingFileError as e: logging.getLogger(__name__).warning("%s", e)
