@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..config import register_schema
+from ..config import load_run_config, register_schema
 from ..core import (INDEXES, CorruptError, InputError, MissingFileError, atomic_path, folder_lock,
                           legal_arguments, read_json, unknown_name, write_json)
 from ..data.base import Archive
@@ -194,6 +194,7 @@ def open_search(
     if not Path(run_dir).is_dir(): raise MissingFileError(f"{run_dir} is not there", wanted="a run's folder")
     if not (path/'retriever.json').is_file(): raise MissingFileError(f"{run_dir} cannot be searched yet",
                                                                      remedy=f"rsir index {run_dir}")
+    if (Path(run_dir)/'config.yaml').is_file(): load_run_config(run_dir) # imports its plugins
     try: found = Retriever.load(path, device=device, archive=archive)
     except (CorruptError, MissingFileError) as e: raise CorruptError(e.what, e.found, e.wanted, again) from e
     weights = run_weights(run_dir)
