@@ -51,7 +51,7 @@ def open_notebook(browser, address, name, viewport, **options):
     "The notebook `name`, run in JupyterLab, with its gallery on the screen; options are those of a page."
     page = browser.new_page(viewport=viewport, **options)
     page.set_default_timeout(90_000)
-    page.goto(f"{address}/lab/tree/{name}")
+    page.goto(f"{address}/lab/tree/{name}?reset")    # no tabs of an earlier page
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.wait_for_function("document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')")
     page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")

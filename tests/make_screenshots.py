@@ -110,11 +110,12 @@ def error(page):
 
 @state("comparison", gallery="two")
 def comparison(page):
-    page.get_by_label("Label", exact=True).select_option(LABEL)
+    choosing(page)
+    settled(page)
     page.get_by_label("From", exact=True).select_option("s1")
     page.get_by_label("Search in", exact=True).select_option("s2")
     cards(page, "Patches to choose from").nth(1).click()
-    wait_for(page, lambda: "S1 → S2" in page.locator(".rsir-gallery [role=status]").last.inner_text())
+    wait_for(page, lambda: "S1 → S2" in page.locator("section[aria-label^='Hits'] [role=status]").last.inner_text())
     return hits(page)
 
 
@@ -128,7 +129,7 @@ def settled(page):
 def photograph(page, places, path, margin=4):
     "The smallest picture that holds all `places`, in few enough colours to stay small."
     boxes = [o.bounding_box() for o in places]
-    left, top = (max(0, min(b[o] for b in boxes) - margin) for o in "xy")
+    left, top = max(0, min(b["x"] for b in boxes) - margin), min(b["y"] for b in boxes) + 1
     right, bottom = (max(b[o] + b[s] for b in boxes) + margin for o, s in (("x", "width"), ("y", "height")))
     shot = page.screenshot(clip=dict(x=left, y=top, width=right - left, height=bottom - top))
     image = Image.open(io.BytesIO(shot)).convert("RGB")
@@ -157,10 +158,12 @@ def main():
         prepare(folder)
         with server("jupyterlab", folder, *lab_options(folder)) as address, sync_playwright() as p:
             browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            for name in dict.fromkeys(gallery for gallery, _ in STATES.values()):
+            wanted = args.names or list(STATES)
+            for name in dict.fromkeys(STATES[o][0] for o in wanted):
                 page = open_notebook(browser, address, f"{name}.ipynb", dict(width=1240, height=2600))
                 page.folder = folder
                 page.evaluate("void window.jupyterapp.commands.execute('application:toggle-left-area')")
+                page.add_style_tag(content=".rsir-grid { max-height: none !important }")    # a picture cannot be scrolled
                 walk(page, name, args)
                 page.close()
             browser.close()
