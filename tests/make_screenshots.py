@@ -41,7 +41,6 @@ def search_of(name, n_bits):
     return Retriever.build(method, archive, home, progress=False)
 '''
 ONE = "gallery = QueryGallery(search_of('band_cca', 64), k=12)"
-TWO = "gallery = QueryGallery(search_of('band_cca', 64), other=search_of('band_cca', 16), k=6)"
 LABEL = "Inland waters"
 
 
@@ -108,17 +107,6 @@ def error(page):
     return grid(page, "Hits"),
 
 
-@state("comparison", gallery="two")
-def comparison(page):
-    choosing(page)
-    settled(page)
-    page.get_by_label("From", exact=True).select_option("s1")
-    page.get_by_label("Search in", exact=True).select_option("s2")
-    cards(page, "Patches to choose from").nth(1).click()
-    wait_for(page, lambda: "S1 → S2" in page.locator("section[aria-label^='Hits'] [role=status]").last.inner_text())
-    return hits(page)
-
-
 def settled(page):
     "Pictures are there, and the mouse is nowhere."
     page.mouse.move(2, 2)
@@ -153,7 +141,7 @@ def main():
     args.into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for name, gallery in dict(one=ONE, two=TWO).items():
+        for name, gallery in dict(one=ONE).items():
             (folder / f"{name}.ipynb").write_text(json.dumps(notebook(SETUP, gallery, "gallery")))
         prepare(folder)
         with server("jupyterlab", folder, *lab_options(folder)) as address, sync_playwright() as p:
@@ -175,7 +163,7 @@ def prepare(folder):
     os.chdir(folder)
     try:
         exec(SETUP, names)
-        for n_bits in 64, 16: names["search_of"]("band_cca", n_bits)
+        names["search_of"]("band_cca", 64)
     finally: os.chdir(here)
 
 
