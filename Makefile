@@ -11,7 +11,7 @@ export MPLBACKEND ?= agg
 # Threads that wait sleep instead of spinning: beside other work two OpenMP threads lose most of their time otherwise.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test dev check notebooks pytest run readme clean
+.PHONY: demo test dev check notebooks pytest run readme pages site screenshots clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rsir demo
@@ -55,3 +55,16 @@ clean:
 # README.md from the home page, nbs/index.ipynb.
 readme: $(VENV)/.installed-dev
 	$(BIN)/python tests/make_readme.py
+
+# What is made from the pages: README.md, and the lists of nbs/book.md and nbs/api.md.
+pages: readme
+	$(BIN)/python tests/make_pages.py
+
+# The processed pages that Quarto would read, and whether their links, pictures, fences and sidebar are in order.
+site: $(VENV)/.installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_proc_nbs
+	$(BIN)/python tests/check_site.py _proc
+
+# The pictures of the gallery in nbs/images, from JupyterLab in a browser; look at them before they are committed.
+screenshots: $(VENV)/.installed-dev
+	$(BIN)/python tests/make_screenshots.py

@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'TOP_KEYS', 'SCHEMAS', 'CHECKS', 'DERIVED', 'CONFIGS', 'reg
            'load_run_config']
 
 # %% ../nbs/01_config.ipynb #6045fcf1
-import importlib.util, inspect, platform, re, subprocess
+import importlib.util, inspect, logging, os, platform, re, subprocess, sys
 from dataclasses import is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -306,6 +306,18 @@ def load_run_config(
     if missing: raise CorruptError(f"{path} is not complete", found=f"nothing for {', '.join(missing)}",
                                    wanted="the config of a run, as it was saved",
                                    remedy="restore the file, or train the run again with --fresh")
+    _load_plugins(found['plugins'] or [])
     cfg = OmegaConf.create(found)
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+def _load_plugins(plugins):
+    "What the run was made with, where it is trusted: a saved file alone cannot make us import a module."
+    log, trusted = logging.getLogger(__name__), os.environ.get('RSIR_PLUGINS', '').split(',')
+    for o in plugins:
+        if o not in sys.modules and o not in trusted:
+            log.warning("this run was made with the plugin %r, which a saved file cannot make us import; if you "
+                        "trust it: RSIR_PLUGINS=%s, or import it first", o, ','.join(plugins))
+            continue
+        try: fill_registries([o])
+        except MissingFileError as e: log.warning("%s", e)

@@ -27,8 +27,14 @@ def readme():
     "The README's text: links and pictures of the notebook, seen from the root."
     cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
     text = "\n\n".join(filter(None, map(cell_text, cells))).strip() + "\n"
-    text = re.sub(r"\]\((?!https?://|#)([^)]+)\)", r"](nbs/\1)", text)
-    return NOTE + text.replace("](nbs/../", "](")
+    return NOTE + re.sub(r"\]\((?!https?://|#)([^)]+)\)", lambda o: f"]({from_root(o[1])})", text)
+
+
+def from_root(link):
+    "A link of the notebook seen from the root; where it leads to a link in the file system, what that points at."
+    path, _, place = link.partition("#")
+    found = (ROOT / "nbs" / path).resolve()
+    return (str(found.relative_to(ROOT)) if found.exists() else f"nbs/{path}") + (f"#{place}" if place else "")
 
 
 def main():

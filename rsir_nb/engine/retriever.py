@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..config import register_schema
+from ..config import load_run_config, register_schema
 from ..core import (INDEXES, CorruptError, InputError, MissingFileError, atomic_path, folder_lock,
-                          read_json, unknown_name, write_json)
+                          legal_arguments, read_json, unknown_name, write_json)
 from ..data.base import Archive
 from .asking import Asker
 from .encode import encode
@@ -112,12 +112,16 @@ def _link(old, new):
 @dataclass(frozen=True)
 class IndexConfig:
     "Where codes are searched; the config group `index`."
-    engine:str = 'hamming' # 'hamming', 'multi', or an address: postgresql://..., ray:FOLDER
+    engine:str = 'hamming' # 'hamming', 'multi', one of your own, or an address: postgresql://..., ray:FOLDER
 
     def __post_init__(self):
-        if self.engine not in ('hamming', 'multi') and not _ADDRESS.match(self.engine):
+        if self.engine not in _beside_codes() and not _ADDRESS.match(self.engine):
             raise unknown_name('engine of an index', self.engine,
-                               ['hamming', 'multi', 'postgresql://...', 'ray:...'])
+                               [*_beside_codes(), 'postgresql://...', 'ray:...'])
+
+def _beside_codes():
+    "The registered indexes that need to know nothing but the length of a code."
+    return [o for o in INDEXES.list() if legal_arguments(INDEXES.get(o))[:1] == ['n_bits']]
 
 _ADDRESS = re.compile(r'(postgres(ql)?://|ray:)')
 
@@ -190,6 +194,7 @@ def open_search(
     if not Path(run_dir).is_dir(): raise MissingFileError(f"{run_dir} is not there", wanted="a run's folder")
     if not (path/'retriever.json').is_file(): raise MissingFileError(f"{run_dir} cannot be searched yet",
                                                                      remedy=f"rsir index {run_dir}")
+    if (Path(run_dir)/'config.yaml').is_file(): load_run_config(run_dir) # imports its plugins
     try: found = Retriever.load(path, device=device, archive=archive)
     except (CorruptError, MissingFileError) as e: raise CorruptError(e.what, e.found, e.wanted, again) from e
     weights = run_weights(run_dir)
