@@ -316,8 +316,8 @@ def _load_plugins(plugins):
     log, trusted = logging.getLogger(__name__), os.environ.get('RSIR_PLUGINS', '').split(',')
     for o in plugins:
         if o not in sys.modules and o not in trusted:
-            log.warning("this run was made with the plugin %r, which a saved file cannot make us import; if you "
-                        "trust it: RSIR_PLUGINS=%s, or import it first", o, ','.join(plugins))
+            log.warning("this run was made with the plugin %r, which a saved file cannot make us import; if "
+                        "you trust it: RSIR_PLUGINS=%s, or import it first", o, ','.join(plugins))
             continue
         try: fill_registries([o])
         except MissingFileError as e: log.warning("%s", e)

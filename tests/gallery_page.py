@@ -31,9 +31,16 @@ def notebook(*cells):
     return dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)
 
 
-def write_notebook(path, show="gallery", places=12, k=12):
-    "Write the notebook of a gallery; `show` is its last cell."
-    cells = [SETUP.format(places=places), f"gallery = QueryGallery(retriever, k={k})", show]
+POINTS = '''
+from rsir_nb.gallery.projection import project
+from rsir_nb.gallery.scatter import EmbeddingMap
+EmbeddingMap(project(retriever.store), gallery.session.thumbs, on_open=gallery.open)
+'''
+
+
+def write_notebook(path, show="gallery", places=12, k=12, more=()):
+    "Write the notebook of a gallery; `show` is the cell that shows it, `more` are further cells."
+    cells = [SETUP.format(places=places), f"gallery = QueryGallery(retriever, k={k})", show, *more]
     Path(path).write_text(json.dumps(notebook(*cells)))
     return Path(path)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from gallery_page import notebook
+from gallery_page import POINTS, notebook
 from lab import CHROMIUM, cards, lab_options, open_notebook, server, status, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,8 @@ def search_of(name, n_bits):
     method.heads = train_heads(paired_features(features), n_bits=n_bits, min_steps=100, progress=False).heads
     return Retriever.build(method, archive, home, progress=False)
 '''
-ONE = "gallery = QueryGallery(search_of('band_cca', 64), k=12)"
+ONE = "retriever = search_of('band_cca', 64)\ngallery = QueryGallery(retriever, k=12)"
+TWO = ("gallery = QueryGallery(search_of('band_cca', 64), other=search_of('band_cca', 16), k=6, names=('64 bits', '16 bits'))")
 LABEL = "Inland waters"
 
 
@@ -97,6 +98,43 @@ def refined(page):
     return hits(page)
 
 
+@state("why")
+def why(page):
+    button(page, "Back").click()
+    wait_for(page, lambda: "refined" not in status(page))
+    cards(page, "Hits").first.focus()
+    page.keyboard.press("w")
+    wait_for(page, lambda: "is told below" in status(page))
+    told = page.locator(".jupyter-widgets .rsir", has_text="bits are the same").last
+    return told.get_by_role("heading", name="Bits that say most"), told.locator("ul.rsir-row").last
+
+
+@state("map")
+def on_a_map(page):
+    button(page, "Map").click()
+    ground = page.locator(".leaflet-container")
+    wait_for(page, lambda: ground.locator(".leaflet-marker-icon[title*=distance]").count() == 12)
+    page.wait_for_timeout(1000)
+    return ground,
+
+
+@state("points")
+def points(page):
+    plot = page.locator(".rsir-map-plot")
+    plot.scroll_into_view_if_needed()
+    plot.focus()
+    for key in "ArrowRight", "ArrowDown": page.keyboard.press(key)
+    wait_for(page, lambda: page.locator(".rsir-map-side img").evaluate("o => o.naturalWidth > 0"))
+    return page.locator("section.rsir-map"),
+
+
+@state("comparison", gallery="two")
+def comparison(page):
+    cards(page, "Patches to choose from").nth(1).click()
+    wait_for(page, lambda: cards(page, "Hits of 16 bits").count() == 6)
+    return grid(page, "Hits"), grid(page, "Hits of 16 bits")
+
+
 @state("error")
 def error(page):
     path = Path(page.folder) / "notes.tif"
@@ -117,7 +155,7 @@ def settled(page):
 def photograph(page, places, path, margin=4):
     "The smallest picture that holds all `places`, in few enough colours to stay small."
     boxes = [o.bounding_box() for o in places]
-    left, top = max(0, min(b["x"] for b in boxes) - margin), min(b["y"] for b in boxes) + 1
+    left, top = max(0, min(b["x"] for b in boxes) - margin), max(0, min(b["y"] for b in boxes) + 1)
     right, bottom = (max(b[o] + b[s] for b in boxes) + margin for o, s in (("x", "width"), ("y", "height")))
     shot = page.screenshot(clip=dict(x=left, y=top, width=right - left, height=bottom - top))
     image = Image.open(io.BytesIO(shot)).convert("RGB")
@@ -141,14 +179,14 @@ def main():
     args.into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for name, gallery in dict(one=ONE).items():
-            (folder / f"{name}.ipynb").write_text(json.dumps(notebook(SETUP, gallery, "gallery")))
+        for name, cells in dict(one=(ONE, "gallery", POINTS), two=(TWO, "gallery")).items():
+            (folder / f"{name}.ipynb").write_text(json.dumps(notebook(SETUP, *cells)))
         prepare(folder)
         with server("jupyterlab", folder, *lab_options(folder)) as address, sync_playwright() as p:
             browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             wanted = args.names or list(STATES)
             for name in dict.fromkeys(STATES[o][0] for o in wanted):
-                page = open_notebook(browser, address, f"{name}.ipynb", dict(width=1240, height=2600))
+                page = open_notebook(browser, address, f"{name}.ipynb", dict(width=1240, height=3400))
                 page.folder = folder
                 page.evaluate("void window.jupyterapp.commands.execute('application:toggle-left-area')")
                 page.add_style_tag(content=".rsir-grid { max-height: none !important }")    # a picture cannot be scrolled
@@ -163,7 +201,7 @@ def prepare(folder):
     os.chdir(folder)
     try:
         exec(SETUP, names)
-        names["search_of"]("band_cca", 64)
+        for n_bits in 64, 16: names["search_of"]("band_cca", n_bits)
     finally: os.chdir(here)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from gallery_page import build, write_notebook
+from gallery_page import POINTS, build, write_notebook
 from lab import CARDS, CHROMIUM, cards, lab_options, names, open_notebook, server, status, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium o
 def folder(tmp_path_factory):
     "A folder with the notebook and a retriever that is already made."
     folder = tmp_path_factory.mktemp("lab")
-    write_notebook(folder/"gallery.ipynb")
+    write_notebook(folder/"gallery.ipynb", more=[POINTS])
     return folder
 
 
@@ -131,7 +131,7 @@ def test_why_a_hit_matches_is_told(lab, shots):
 
 def test_a_box_drawn_on_the_map_filters(lab, retriever, shots):
     query = status(lab).split("Why ")[-1].split(" ")[0] if "Why" in status(lab) else None
-    lab.get_by_role("button", name="Map").click()
+    lab.get_by_role("button", name="Map", exact=True).click()
     ground = lab.locator(".leaflet-container")
     ground.wait_for()
     ground.scroll_into_view_if_needed()
@@ -159,7 +159,25 @@ def test_a_box_drawn_on_the_map_filters(lab, retriever, shots):
     field.fill("")
     field.press("Enter")
     wait_for(lab, lambda: names(lab, "Hits") == before)
-    lab.get_by_role("button", name="Map").click()
+    lab.get_by_role("button", name="Map", exact=True).click()
+
+
+def test_a_point_of_the_embedding_map_asks(lab, retriever, shots):
+    plot = lab.locator(".rsir-map-plot")
+    plot.scroll_into_view_if_needed()
+    plot.focus()
+    said = lab.locator(".rsir-map-said")
+    for key in "ArrowRight", "ArrowDown", "ArrowRight": lab.keyboard.press(key)
+    wait_for(lab, lambda: any(o in said.inner_text() for o in retriever.store.ids))
+    name = next(o for o in retriever.store.ids if o in said.inner_text())
+    picture = lab.locator(".rsir-map-side img")
+    wait_for(lab, lambda: picture.evaluate("o => o.naturalWidth > 0 && o.alt.length > 0"))
+    lab.screenshot(path=shots/"gallery_points.png")
+    lab.keyboard.press("Enter")
+    wait_for(lab, lambda: f"for {name}" in status(lab))
+    assert names(lab, "Query") == [name]
+    lab.get_by_role("button", name="Back").click()
+    wait_for(lab, lambda: f"for {name}" not in status(lab))
 
 
 def test_what_is_wrong_is_said_where_the_user_looks(lab, folder, shots):

@@ -40,18 +40,23 @@ class QueryGallery:
         self.session, self.other = as_session(retriever), None if other is None else as_session(other)
         self.size, self.page, self.names = size, 0, names
         self.controls = make_controls(self.session)
-        self.chooser = ImageGrid(self.session.thumbs, self._open, label='Patches to choose from', tile=120)
+        self.chooser = ImageGrid(self.session.thumbs, self.open, label='Patches to choose from', tile=120)
         self.question = ImageGrid(self._question_picture, label='Query', tile=160)
-        self.hits = ImageGrid(self.session.thumbs, self._open, self._mark, self.explain, label='Hits',
+        self.hits = ImageGrid(self.session.thumbs, self.open, self._mark, self.explain, label='Hits',
                               tile=128)
         self.why, self.map, self.map_box = w.HTML(), None, w.VBox()
         self.others = None if self.other is None else \
-            ImageGrid(self.other.thumbs, self._open, label=f'Hits of {names[1]}', tile=128)
+            ImageGrid(self.other.thumbs, self.open, label=f'Hits of {names[1]}', tile=128)
         self._wire()
         self.widget = self._arranged()
         self.turn(0)
 
-    def _open(self, name, sensor): self.ask(name, source=sensor)
+    def open(self,
+        name:str, # a patch's id
+        sensor:str, # whose image of it asks
+    ):
+        "Ask with a card, a footprint or a point that somebody pressed, here or in another widget."
+        return self.ask(name, source=sensor)
 
     def _mark(self, name, good): self._do(lambda: self.session.mark(name, good))
 
@@ -262,7 +267,7 @@ def show_map(self:QueryGallery,
     "Show the hits on a map below the others, or take it away; a box drawn on it filters."
     if not visible: self.map, self.map_box.children = None, ()
     elif self.map is None:
-        def action(): return HitMap(on_open=self._open, on_box=self._boxed)
+        def action(): return HitMap(on_open=self.open, on_box=self._boxed)
         self.map = self._do(action)
         if self.map is None: return
         self.map_box.children = [_head('Where they are'), self.map.widget]
