@@ -186,7 +186,7 @@ def main():
             browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             wanted = args.names or list(STATES)
             for name in dict.fromkeys(STATES[o][0] for o in wanted):
-                page = open_notebook(browser, address, f"{name}.ipynb", dict(width=1240, height=3400))
+                page = open_notebook(browser, address, f"{name}.ipynb", dict(width=1240, height=4600))
                 page.folder = folder
                 page.evaluate("void window.jupyterapp.commands.execute('application:toggle-left-area')")
                 page.add_style_tag(content=".rsir-grid { max-height: none !important }")    # a picture cannot be scrolled
@@ -210,6 +210,7 @@ def walk(page, gallery, args):
     for name, (where, go) in STATES.items():
         if where != gallery: continue
         places = go(page)
+        places[0].scroll_into_view_if_needed()
         settled(page)
         if not args.names or name in args.names: photograph(page, places, args.into / f"gallery_{name}.png")
 

@@ -41,8 +41,7 @@ function render({ model, el }) {
   function onMessage(message, buffers) {
     if (message.type !== "pictures") return;
     message.keys.forEach((key, i) => {
-      const old = pictures.get(key);
-      if (old) URL.revokeObjectURL(old);
+      if (pictures.has(key)) return;   // asked for twice before it came: cards show the first already
       const data = buffers[i] instanceof DataView ? buffers[i].buffer.slice(
         buffers[i].byteOffset, buffers[i].byteOffset + buffers[i].byteLength) : buffers[i];
       pictures.set(key, URL.createObjectURL(new Blob([data], { type: "image/png" })));

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERED', 'hit_footprints', 'corners', 'cut_of', 'side_by_side', 'bounds_of', 'graticule_steps', 'degrees_text',
-           'graticule', 'map_picture', 'HitMap', 'map_html']
+           'graticule', 'view_of', 'map_picture', 'HitMap', 'map_html']
 
 # %% ../../nbs/80d_gallery.map.ipynb #e581acd3
 from typing import Callable, Sequence
@@ -119,6 +119,21 @@ def graticule(
     shape = dict(type='MultiLineString', coordinates=lines)
     return dict(type='Feature', geometry=shape, properties={}), labels
 
+# %% ../../nbs/80d_gallery.map.ipynb #26c19800
+def view_of(
+    box:Sequence[float], # west, south, east, north in degrees
+    width:int=640, # pixels that are there at least
+    height:int=380, # the same from top to bottom
+    nearest:int=16, # zoom level beyond which it never goes
+) -> tuple[tuple[float, float], int]: # the centre's latitude and longitude, and the zoom level
+    "The nearest view of a web map (Mercator) that shows all of a box."
+    west, south, east, north = box
+    turn = lambda lat: np.arcsinh(np.tan(np.radians(np.clip(lat, -85, 85))))/(2*np.pi)
+    low, high = turn(south), turn(north)
+    needed = max((east - west)/360*256/width, (high - low)*256/height, 1e-12)
+    middle = np.degrees(np.arctan(np.sinh(np.pi*(low + high))))
+    return (float(middle), (west + east)/2), int(np.clip(np.floor(-np.log2(needed)), 0, nearest))
+
 # %% ../../nbs/80d_gallery.map.ipynb #2c0872e9
 _DASH = dict(good='solid', bad='dashed', none='dotted', query='solid')
 
@@ -219,7 +234,7 @@ def _show(self,
     "Draw the query and its hits, and go there."
     lib, self.ranking = self.lib, ranking
     features = side_by_side(hit_footprints(ranking))
-    west, south, east, north = box = bounds_of(features)
+    box = bounds_of(features)
     lines, labels = graticule(box)
     pale = dict(color='#9aa4b0', weight=1, fillOpacity=0)
     layers = [*self.ground, lib.GeoJSON(data=lines, style=pale)]
@@ -237,7 +252,7 @@ def _show(self,
         pin.on_click(lambda told=told, **kwargs: self._opened(properties=told))
         layers.append(pin)
     self.widget.layers = tuple(layers)
-    self.widget.fit_bounds([[south, west], [north, east]])
+    self.widget.center, self.widget.zoom = view_of(box)
     missing = len(ranking) - sum(o['properties']['rank'] > 0 for o in features)
     self.words.value = _BARE + (f"{missing} of {len(ranking)} hits have no known place" if missing else '')
 
