@@ -32,7 +32,8 @@ class RsirError(Exception):
         if found is not None: parts.append(f"found {found}")
         if wanted is not None: parts.append(f"wanted {wanted}")
         if remedy is not None: parts.append(remedy.rstrip('.'))
-        super().__init__('; '.join(parts) + '.')
+        text = '; '.join(parts)
+        super().__init__(text if text.endswith('?') else text + '.')
 
     def __str__(self): return self.args[0]
 

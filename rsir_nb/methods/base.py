@@ -119,7 +119,7 @@ class Method(pl.LightningModule):
         on_cpu = self.device.type == 'cpu'
         block, pad = (len(x), self.least_batch) if on_cpu else (self.gpu_batch, self.gpu_batch)
         look = lambda rows: self.encode(self.prepare(rows, modality), modality)
-        with evaluating(self): return in_blocks(look, x, block, pad)
+        with evaluating(self): return _checked_rows(in_blocks(look, x, block, pad), self, len(x), modality)
 
 # %% ../../nbs/50b_methods.base.ipynb #ddae5de4
 def _modalities(method, batch):
@@ -128,6 +128,14 @@ def _modalities(method, batch):
     for m in found:
         if m not in method.sensors: raise unknown_name('modality of this method', m, method.sensors)
     return found
+
+def _checked_rows(z, method, n, modality):
+    "Embeddings as a method's `encode` has to return them."
+    wide = method.embed_dim.get(modality) if isinstance(method.embed_dim, Mapping) else method.embed_dim
+    if z.ndim == 2 and len(z) == n and wide in (None, z.shape[1]): return z
+    raise InputError(f"encode of {type(method).__name__} does not return embeddings",
+        found=f"{tuple(z.shape)} for {n} images of {modality}", wanted=f"({n}, {wide or 'D'})",
+        remedy="one row for each image, as wide as embed_dim says")
 
 # %% ../../nbs/50b_methods.base.ipynb #4c70ec39
 @patch
