@@ -161,7 +161,7 @@ body{margin:0}
   border-top:1px solid var(--line)}
 .rsir-page main h3{font-size:1.1rem;margin:1.5rem 0 .25rem}
 .rsir-page .rsir-gallery h2,.rsir-page .rsir-gallery h3{border:0;padding:0;margin-top:1rem;font-size:1.1rem}
-.rsir-page p,.rsir-page ul,.rsir-page dl{max-width:44rem}
+.rsir-page p,.rsir-page ul,.rsir-page dl{max-width:44rem;overflow-wrap:anywhere}
 .rsir-page .lead{font-size:1.2rem;color:var(--quiet);margin:0 0 1.5rem}
 .rsir-page a{color:var(--link);text-underline-offset:.15em}
 .rsir-page :focus-visible{outline:3px solid var(--link);outline-offset:2px}

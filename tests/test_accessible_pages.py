@@ -10,7 +10,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 axe_core = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
-PAGES = "report", "hits", "hits_without_pictures", "bench", "gallery", "duplicates"
+PAGES = "report", "hits", "hits_without_pictures", "bench", "gallery", "duplicates", "why", "atlas"
 LONG = "S2B_MSIL2A_20171003T112235_N9999_R118_T34TCR_0"
 
 
@@ -31,8 +31,11 @@ def pages(run, tmp_path_factory):
     from rsir_nb.engine.bench import bench_page
     from rsir_nb.engine.duplicates import write_duplicates
     from rsir_nb.engine.report import write_gallery, write_report
+    from rsir_nb.engine.search import open_search
     from rsir_nb.engine.stages import archive_picture, index_run
     from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.why import explain
+    from rsir_nb.gallery.atlas import atlas
     folder, archive = tmp_path_factory.mktemp("html"), build_archive(run.data)
     shutil.copy(write_report(run.out, progress=False), folder/"report.html")
     search = index_run(run.out, progress=False)
@@ -47,6 +50,8 @@ def pages(run, tmp_path_factory):
     pairs = search.duplicates("s2", radius=3)
     assert len(pairs), "no near-duplicates to draw"
     write_duplicates(search, pairs, folder/"duplicates.html", archive_picture(archive), "s2", n=5)
+    explain(open_search(run.out, archive), archive.ids[5], hits.ids[0], "s1", "s2").to_html(folder/"why.html")
+    atlas(run.out, folder/"atlas.html", archive)
     for path in folder.glob("*.html"): path.write_text(path.read_text().replace("tiny_0", LONG))
     return folder
 
