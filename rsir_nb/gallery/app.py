@@ -263,11 +263,12 @@ def explain(self:QueryGallery,
 @patch
 def show_map(self:QueryGallery,
     visible:bool=True, # whether it is there
+    tiles:bool=False, # show OpenStreetMap below, from the network
 ):
     "Show the hits on a map below the others, or take it away; a box drawn on it filters."
     if not visible: self.map, self.map_box.children = None, ()
     elif self.map is None:
-        def action(): return HitMap(on_open=self.open, on_box=self._boxed)
+        def action(): return HitMap(tiles=tiles, on_open=self.open, on_box=self._boxed)
         self.map = self._do(action)
         if self.map is None: return
         self.map_box.children = [_head('Where they are'), self.map.widget]
