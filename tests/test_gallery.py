@@ -46,8 +46,8 @@ def gallery(retriever):
     return gallery
 
 
-def tif(path, bands=10, size=60, crs="EPSG:32632", dtype="uint16"):
-    where = dict(crs=crs, transform=from_origin(500_000, 5_300_000, 20, 20)) if crs else {}
+def tif(path, bands=10, size=60, crs="EPSG:32632", dtype="uint16", pixel=10):
+    where = dict(crs=crs, transform=from_origin(500_000, 5_300_000, pixel, pixel)) if crs else {}
     with rasterio.open(path, "w", driver="GTiff", width=size, height=size, count=bands, dtype=dtype, **where) as file:
         if bands == 10: file.descriptions = get_sensor("s2").bands
         file.write((1000 + 500*np.random.default_rng(0).random((bands, size, size))).astype(dtype))
@@ -82,6 +82,13 @@ def test_too_large(gallery, monkeypatch):
 def test_too_many_pixels(gallery, tmp_path):
     gallery.ask_upload(tif(tmp_path/"scene.tif", size=900))
     refused(gallery, "scene.tif")
+
+
+def test_another_ground(gallery, tmp_path):
+    "The reason is that of the sensor whose bands the file has, not of the first one."
+    gallery.ask_upload(tif(tmp_path/"coarse.tif", pixel=20))
+    refused(gallery, "has not the size of a patch")
+    assert "30x30 pixels" in gallery.hits.status
 
 
 def test_without_a_georeference(gallery, tmp_path):

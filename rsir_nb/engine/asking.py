@@ -109,7 +109,7 @@ def _ask_file(self, path, source, file):
         try: x = read_patch_file(path, sensors[m], self.method.img_size, ground=self.ground, **told)
         except InputError as e: errors.append(e)
         else: return self.ask_array(x, m, path.name)
-    raise errors[0]
+    raise min(errors, key=lambda e: 'has not all the bands' in str(e)) # of a sensor whose bands are there
 
 Asker.ask_file = _ask_file
 
