@@ -58,7 +58,7 @@ class Explanation:
             parts.append(f"the embeddings' cosine is {self.tokens.similarity:.3f}, and {n} "
                          f"{'pair of windows is' if n == 1 else 'pairs of windows are'} each other's nearest")
         if self.labels is not None: parts.append(f"labels of both: {', '.join(self.labels) or 'none'}")
-        return '; '.join(parts) or 'nothing can be told'
+        return '; '.join(parts) or f"nothing can be told: {'; '.join(self.missing)}"
 
     def __repr__(self): return f"{self.query['id']} and {self.hit['id']}: {self.summary()}"
 
@@ -83,7 +83,7 @@ def explain(
     if 'codes' in asked.found and 'codes' in other.found:
         codes = [o.found['codes'][0] for o in (asked, other)]
         bits = shared_bits(*codes, retriever.store.codes[other.source])
-    else: missing.append('this run has no codes')
+    else: missing.append('this run has no codes; `rsir hash` and `rsir index` make them')
     return Explanation(*sides, bits, tokens, missing, retriever)
 
 def _seen_first(retriever, name, source):

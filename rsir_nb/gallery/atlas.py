@@ -52,11 +52,13 @@ def run_evaluation(
     found = sorted(Path(run_dir).glob('evaluation/*/evaluation.json'))
     found.sort(key=lambda o: o.parent.name != first)
     name = Path(run_dir).name # the page names no folder of this machine
-    if not found: raise MissingFileError("the run was not evaluated", remedy=f"rsir evaluate {name}")
+    if not found: raise MissingFileError("the run was not evaluated",
+        remedy=f"rsir evaluate RUN, the folder {name}, where labels are known")
     for path in found:
         job = read_json(path).get('job') or {}
         if job.get('codes') == store.provenance['checksum']: return load_evaluation(path.parent)
-    raise InputError("the run was evaluated with other codes", remedy=f"rsir evaluate {name}")
+    raise InputError("the run was evaluated with other codes",
+                     remedy=f"rsir evaluate RUN, the folder {name}, again")
 
 # %% ../../nbs/81d_gallery.atlas.ipynb #84a6924d
 def class_scores(

@@ -230,6 +230,8 @@ def export(self:Session,
     "Write the hits that are on the screen."
     path = Path(path)
     if self.view is None: raise InputError("there is nothing to write yet", remedy="ask something first")
+    if not path.suffix: raise InputError("there is no file to write to", found=str(path),
+                                         wanted=f"a name that ends in {', '.join(_WRITERS)}")
     if path.suffix not in _WRITERS: raise unknown_name('ending of a file', path.suffix, _WRITERS)
     getattr(self.view.ranking, _WRITERS[path.suffix])(path)
     return path
