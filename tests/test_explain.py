@@ -183,3 +183,13 @@ def test_the_verb(run, search, capsys, tmp_path):
 
 def test_a_bit_that_is_always_on_has_no_entropy():
     assert bit_statistics(pack_bits(np.ones((5, 8), bool)))["entropy"] == pytest.approx(0, abs=1e-9)
+
+
+def test_of_a_large_archive_some_patches_are_looked_at(search):
+    store = search.store
+    whole = bit_values(store, search.method, "s2", [0, 3])
+    some = bit_values(store, search.method, "s2", [0, 3], sample=len(store)//4)
+    seen = np.isfinite(some).all(1)
+    assert whole.shape == (len(store), 2) and 0 < seen.sum() <= len(store)//4
+    assert np.allclose(whole[seen], some[seen]) and np.allclose(whole[:, 1], bit_values(store, search.method, "s2", 3))
+    with pytest.raises(InputError, match="no such bit"): bit_values(store, search.method, "s2", [0, store.n_bits])

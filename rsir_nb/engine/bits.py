@@ -6,6 +6,8 @@
 __all__ = ['shared_bits', 'bit_values', 'bit_labels']
 
 # %% ../../nbs/75a_engine.bits.ipynb #b2382b45
+from typing import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -37,21 +39,28 @@ def bit_values(
     store:CodeStore, # with embeddings
     method:Method, # whose heads made the codes
     modality:str, # which sensor's codes
-    bit:int, # number of the bit, from 0
-) -> np.ndarray: # -1..1, above 0 where the bit is on; NaN where the sensor has not seen the patch, (N,)
-    "What a bit was before it was cut at zero."
-    if not 0 <= bit < (store.n_bits or 0): raise InputError("there is no such bit", found=bit,
+    bits:int|Sequence[int], # number of a bit, from 0, or of several
+    sample:int=20_000, # at most so many patches, evenly spaced, are looked at
+) -> np.ndarray: # -1..1, above 0 where a bit is on; NaN where nobody looked, (N,) or (N,len(bits))
+    "What bits were before they were cut at zero."
+    wrong = [o for o in np.atleast_1d(bits) if not 0 <= o < (store.n_bits or 0)]
+    if wrong: raise InputError("there is no such bit", found=wrong[0],
         wanted=f"0 to {store.n_bits - 1}" if store.n_bits else "a store with codes")
     if modality not in store.embeddings: raise InputError(f"no embeddings of {modality} are kept",
         found=', '.join(store.embeddings) or 'none',
         remedy="encode with embeddings=True (encode.embeddings=true)")
     store.require(weights_hash=method.weights_hash)
-    x, seen = store.embeddings[modality], np.flatnonzero(store.present(modality))
-    values = np.full(len(store), np.nan)
+    x, seen = store.embeddings[modality], _some_seen(store, modality, sample)
+    values = np.full((len(store), np.size(bits)), np.nan)
     for rows in np.array_split(seen, max(1, len(seen)//4096)):
         z = torch.from_numpy(np.asarray(x[rows], np.float32))
-        values[rows] = method.hash(z, modality)[:, bit].double().cpu().numpy()
-    return values
+        values[rows] = method.hash(z, modality)[:, np.atleast_1d(bits)].double().cpu().numpy()
+    return values[:, 0] if np.ndim(bits) == 0 else values
+
+def _some_seen(store, modality, sample):
+    "Rows of patches that a sensor has seen, evenly spaced."
+    seen = np.flatnonzero(store.present(modality))
+    return seen[::max(1, -(-len(seen)//sample))]
 
 # %% ../../nbs/75a_engine.bits.ipynb #98471050
 def bit_labels(
@@ -59,11 +68,12 @@ def bit_labels(
     modality:str, # which sensor's codes
     bit:int, # number of the bit, from 0
     least:int=5, # patches that a label must have to be listed
+    sample:int=20_000, # at most so many patches, evenly spaced, are looked at
 ) -> pd.DataFrame: # one row a label: on and off (patches), lift; the highest lift first
     "Which labels the patches have where a bit is on: lift is how many times as often as in all patches."
     if 'labels' not in store.table or store.table['labels'].isna().all():
         raise InputError("nothing is known of labels here", remedy="look at the patches of the bit instead")
-    seen = np.flatnonzero(store.present(modality))
+    seen = _some_seen(store, modality, sample)
     on = unpack_bits(np.asarray(store.codes[modality][seen]))[:, bit].astype(bool)
     labels = store.table['labels'].iloc[seen].reset_index(drop=True).explode().dropna()
     counts = pd.crosstab(labels.to_numpy(), on[labels.index]).reindex(columns=[True, False], fill_value=0)

@@ -134,9 +134,8 @@ def show(self:Explanation) -> Figure: # it carries its alternative text
 
 # %% ../../nbs/75b_engine.why.ipynb #1fd1026f
 @patch
-def _bit_gallery(self:Explanation, bit, level, n=5):
+def _bit_gallery(self:Explanation, bit, values, level, n=5):
     "The patches where a bit is what it is in the hit, and most."
-    values = bit_values(self.retriever.store, self.retriever.method, self.hit['sensor'], int(bit))
     sign = 1 if self.bits.hit[bit] else -1
     order = np.argsort(-sign*np.nan_to_num(values, nan=-sign*9.), kind='stable')[:n]
     name, m, cards = self.retriever.store.ids, self.hit['sensor'], []
@@ -162,9 +161,12 @@ def _parts(self:Explanation, level=2):
         if not self.tokens.exact: html.append(f'<p>{_CLASS}</p>')
     if self.bits is not None:
         caption = 'Shared bits, the most surprising first'
-        html += [head('Bits that say most'), html_table(self.table(), caption, digits=2)]
+        table = self.table()
+        html += [head('Bits that say most'), html_table(table, caption, digits=2)]
         if self.retriever.store.embeddings:
-            html += [_ROW, *(self._bit_gallery(o, level + 1) for o in self.table(3).index)]
+            best = table.index[:3].tolist()
+            values = bit_values(self.retriever.store, self.retriever.method, self.hit['sensor'], best)
+            html += [_ROW, *(self._bit_gallery(o, values[:, i], level + 1) for i, o in enumerate(best))]
     told = ''.join(f'<li>{escape(o)}</li>' for o in self.missing)
     return ''.join(html) + (f'{head("What cannot be told")}<ul>{told}</ul>' if told else '')
 
