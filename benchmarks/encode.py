@@ -22,7 +22,7 @@ import torch
 from rsir_nb.config import load_config, to_dict
 from rsir_nb.core import METHODS
 from rsir_nb.data.store import PatchStore, write_store
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.methods.hashing import HashHeads
 from rsir_nb.retrieval.codes import binarise, pack_bits

@@ -42,11 +42,11 @@ def main():
     for name, default in dict(items=200_000, queries=50, bits=128, k=100, rounds=3, groups=2000).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args()
-    from rsir_nb.retrieval.database import local_postgres
+    from rsir_nb.remote.database import local_postgres
     from rsir_nb.retrieval.hamming import HammingIndex
-    from rsir_nb.retrieval.postgres import PostgresIndex
-    from rsir_nb.retrieval.ray import RayIndex
-    from rsir_nb.retrieval.shards import start_ray
+    from rsir_nb.remote.postgres import PostgresIndex
+    from rsir_nb.remote.ray import RayIndex
+    from rsir_nb.remote.shards import start_ray
     codes, xq = clustered(o.items, o.bits, o.groups, 1), clustered(o.queries, o.bits, o.groups, 2)
     print(f"{o.items:,} codes of {o.bits} bits, {o.queries} queries, k = {o.k}\n")
     print("| engine | s to bring in | ms a query alone | ms in a block | distances equal | ids equal |")

@@ -127,8 +127,8 @@ def compile_first(n_bits):
     "Seconds until everything is compiled: one small call of each."
     import numpy as np
     from rsir_nb.retrieval.hamming import HammingIndex
-    from rsir_nb.retrieval.intervals import bootstrap_ci
-    from rsir_nb.retrieval.judging import Judge, LabelSets
+    from rsir_nb.metrics.intervals import bootstrap_ci
+    from rsir_nb.metrics.judging import Judge, LabelSets
     start, codes, sets = time.perf_counter(), np.zeros((3, n_bits//8), np.uint8), LabelSets(np.eye(3))
     index = HammingIndex(n_bits)
     index.add(codes)

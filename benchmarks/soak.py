@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from rsir_nb.core import BusyError
 from rsir_nb.retrieval.codes import hamming_distances
-from rsir_nb.retrieval.live import LiveIndex
+from rsir_nb.live.index import LiveIndex
 
 N_BITS = 128
 

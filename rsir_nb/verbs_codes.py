@@ -18,9 +18,9 @@ import pandas as pd
 import typer
 
 from .core import InputError, MissingFileError, atomic_path
-from .retrieval.engines import open_index
+from .remote.engines import open_index
 from .retrieval.hamming import HammingIndex
-from .retrieval.live import LiveIndex
+from .live.index import LiveIndex
 
 # %% ../nbs/90d_verbs_codes.ipynb #a4ef0a34
 def load_array(

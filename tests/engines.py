@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rsir_nb.core import INDEXES
 from rsir_nb.retrieval.hamming import HammingIndex
-from rsir_nb.retrieval.live import LiveIndex
+from rsir_nb.live.index import LiveIndex
 
 
 def clustered(n, n_bits=64, groups=20, seed=0):
@@ -44,7 +44,7 @@ class Server:
         self.start()
 
     def start(self):
-        from rsir_nb.retrieval.database import local_postgres
+        from rsir_nb.remote.database import local_postgres
         self.running = local_postgres(self.folder/"data")
         self.dsn = self.running.__enter__()
 
@@ -90,7 +90,7 @@ class Nodes:
         self.ray, self.folder = ray, Path(tempfile.mkdtemp(prefix="rsir_ray_"))
         self.cluster = Cluster(initialize_head=True, head_node_args=dict(self.SIZE, include_dashboard=False))
         self.add()
-        from rsir_nb.retrieval.shards import Searchers, start_ray
+        from rsir_nb.remote.shards import Searchers, start_ray
         start_ray(self.cluster.address)
         self.pool = Searchers(number=2, threads=1)
 
@@ -103,7 +103,7 @@ class Nodes:
     def kill(self, node): self.cluster.remove_node(node, allow_graceful=False)
 
     def new(self, n_bits):
-        from rsir_nb.retrieval.ray import RayIndex
+        from rsir_nb.remote.ray import RayIndex
         return RayIndex(self.folder/new_table(), n_bits, searchers=self.pool)
 
     def end(self):
@@ -135,6 +135,6 @@ def engine(request, tmp_path):
     if request.param == "ray":
         yield request.getfixturevalue("nodes").new
         return
-    from rsir_nb.retrieval.postgres import PostgresIndex
+    from rsir_nb.remote.postgres import PostgresIndex
     server = request.getfixturevalue("postgres")
     yield lambda n_bits: PostgresIndex(server.dsn, new_table(), n_bits)

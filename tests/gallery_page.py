@@ -5,7 +5,7 @@ from pathlib import Path
 SETUP = '''
 from pathlib import Path
 from rsir_nb.core import METHODS
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.hash import paired_features
 from rsir_nb.engine.search import Retriever

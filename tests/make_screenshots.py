@@ -23,7 +23,7 @@ STATES, LIMIT = {}, 150_000
 SETUP = '''
 from pathlib import Path
 from rsir_nb.core import METHODS
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.hash import paired_features
 from rsir_nb.engine.search import Retriever

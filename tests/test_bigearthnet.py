@@ -24,7 +24,7 @@ from rsir_nb.data.labels import BEN19, BEN43, to_19_labels
 from rsir_nb.data.layouts import write_v1_lmdb, write_v1_tiff, write_v2_lmdb, write_v2_tiff
 from rsir_nb.data.lmdb import LmdbReader, LmdbWriter
 from rsir_nb.data.records import load_v1_record, load_v2_record
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.data.tiles import parse_names, patch_places, season_of, tile_origin
 from rsir_nb.sensors import get_sensor
 

@@ -63,7 +63,7 @@ def test_dry_run_prints_the_resolved_config(capsys, tmp_path, monkeypatch):
 
 def test_folder_of_images_to_hits(tmp_path, capsys):
     "The README's shortest way: scenes, no training, a query by file, hits for a map."
-    from rsir_nb.data.synthetic import write_scene
+    from rsir_nb.simulate.synthetic import write_scene
     scene = write_scene(tmp_path / "scenes" / "a.tif", size=480)
     run = str(tmp_path / "run")
     assert main(["index", "baseline", "data=scenes", f"data.paths={scene.parent}", f"out={run}"]) == 0
@@ -192,7 +192,7 @@ def test_what_a_query_prints(tiny_run, capsys):
 
 
 def test_a_failed_first_try_does_not_block_the_second(tmp_path, capsys, monkeypatch):
-    from rsir_nb.data.synthetic import write_scene
+    from rsir_nb.simulate.synthetic import write_scene
     monkeypatch.chdir(tmp_path)
     write_scene("scenes/a.tif", size=240)
     line = "index baseline data=scenes data.paths={} out=run"

@@ -16,7 +16,7 @@ from rsir_nb.core import (METHODS, CorruptError, InputError, RsirError, UnknownN
                           declare_torchvision_ops, fill_registries)
 from rsir_nb.data.base import TensorArchive, Vocab
 from rsir_nb.data.module import ArchiveData
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash

@@ -11,7 +11,7 @@ from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.protocols import Protocol
 from rsir_nb.engine.train import pretrain
 from rsir_nb.retrieval.codes import CodeStore
-from rsir_nb.retrieval.intervals import bootstrap_ci, sign_flip_test
+from rsir_nb.metrics.intervals import bootstrap_ci, sign_flip_test
 
 CLASSES = list("ABCDE")
 

@@ -19,9 +19,9 @@ from rsir_nb.engine.protocols import Protocol
 from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain, read_history
 from rsir_nb.losses.duch import (adversarial_loss, agreed_code_loss, discriminator_loss, geometric_ramp, gradient_penalty,
                                  similarity_preservation_loss)
-from rsir_nb.methods.duch import DuchPairs
+from rsir_nb.methods.duch_pairs import DuchPairs
 from rsir_nb.models.names import to_published_names
-from rsir_nb.methods.duch_full import Duch
+from rsir_nb.methods.duch import Duch
 
 PAIRS = ["method=duch_pairs", "method.patch_size=15", "method.embed_dim=16", "method.num_heads=2", "method.depth=1",
          "method.n_bits=16"]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from rsir_nb.cli import main
 from rsir_nb.core import METHODS, InputError, fill_registries
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.bits import bit_labels, bit_values, shared_bits
 from rsir_nb.engine.explain import match_tokens, mutual_pairs, show_match
 from rsir_nb.engine.hash import train_hash

@@ -8,7 +8,7 @@ from rasterio.transform import from_origin
 
 from rsir_nb.core import METHODS, fill_registries
 from rsir_nb.data.base import TensorArchive
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.hash import paired_features
 from rsir_nb.engine.search import Retriever

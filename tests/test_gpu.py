@@ -4,7 +4,7 @@ import pytest
 import torch
 from engine_run import tiny_config
 from rsir_nb.core import METHODS, fill_registries
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode, encode_run
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rsir_nb.core import InputError, UnknownNameError
-from rsir_nb.retrieval.judging import JUDGED, Judge, LabelSets, count_relevant
-from rsir_nb.retrieval.metrics import overlap_histogram
-from rsir_nb.retrieval.scores import METRICS, Judged, Metric, drop_own, score_rankings
+from rsir_nb.metrics.judging import JUDGED, Judge, LabelSets, count_relevant
+from rsir_nb.metrics.measures import overlap_histogram
+from rsir_nb.metrics.scores import METRICS, Judged, Metric, drop_own, score_rankings
 
 
 def rankings(n_queries, n_items, n_labels, share, n_dists, own, seed, depth=None):

@@ -21,8 +21,8 @@ from rsir_nb.core import (INDEXES, BusyError, CorruptError, InputError, MissingF
 from rsir_nb.retrieval import index as index_files
 from rsir_nb.retrieval import segments as segment_files
 from rsir_nb.retrieval.hamming import HammingIndex
-from rsir_nb.retrieval.live import LiveIndex
-from rsir_nb.retrieval.segments import read_manifest
+from rsir_nb.live.index import LiveIndex
+from rsir_nb.live.segments import read_manifest
 from test_hamming import brute_force, random_codes
 
 
@@ -217,7 +217,7 @@ def test_a_saved_index_is_taken_over(tmp_path):
 
 def test_additions_leave_few_segments_and_copy_little(tmp_path, monkeypatch):
     written, real = [], segment_files.write_segment
-    monkeypatch.setattr("rsir_nb.retrieval.live.write_segment", lambda folder, number, index:
+    monkeypatch.setattr("rsir_nb.live.index.write_segment", lambda folder, number, index:
                         written.append(len(index)) or real(folder, number, index))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     LiveIndex.create(tmp_path/"a", n_bits=8)
@@ -343,7 +343,7 @@ def test_a_reader_that_opens_while_files_are_replaced(tmp_path, monkeypatch):
             writer.add(codes[:1], [100 + i])
             writer.compact()
         return real(folder, entry, n_bits)
-    monkeypatch.setattr("rsir_nb.retrieval.live.open_segment", slow)
+    monkeypatch.setattr("rsir_nb.live.index.open_segment", slow)
     ix = LiveIndex.open(tmp_path/"a")
     assert ix.ids.tolist() == [*range(50), 101, 102, 103]
     writer.close()

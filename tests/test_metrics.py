@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rsir_nb.core import InputError, UnknownNameError
-from rsir_nb.retrieval.intervals import Interval, bootstrap_ci, paired_difference_ci
-from rsir_nb.retrieval.metrics import (acg_at_k, ap_at_k, f1_at_k, label_coverage, label_overlap,
+from rsir_nb.metrics.intervals import Interval, bootstrap_ci, paired_difference_ci
+from rsir_nb.metrics.measures import (acg_at_k, ap_at_k, f1_at_k, label_coverage, label_overlap,
                                        label_set_scores, map_first_relevant, mmp_at_k, ndcg_at_k,
                                        overlap_histogram, precision_at_k, recall_at_k, relevance,
                                        tie_aware_ap, wap_at_k)
-from rsir_nb.retrieval.scores import METRICS, drop_own, score_rankings, summarise
+from rsir_nb.metrics.scores import METRICS, drop_own, score_rankings, summarise
 from sklearn.metrics import average_precision_score, ndcg_score
 
 

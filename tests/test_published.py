@@ -11,7 +11,7 @@ from rsir_nb.engine.imports import import_config, write_imported
 from rsir_nb.engine.published import adopt_weights, convert_weights, read_published
 from rsir_nb.methods.cmmae import CMMAE
 from rsir_nb.methods.csmae import CSMAE
-from rsir_nb.methods.duch import DuchPairs
+from rsir_nb.methods.duch_pairs import DuchPairs
 from rsir_nb.models.names import LAYOUTS, to_published_names
 
 SIZE = dict(img_size=30, patch_size=15, embed_dim=16, num_heads=2)

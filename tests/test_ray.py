@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from engines import clustered, hamming, nodes, same  # noqa: F401
 from rsir_nb.core import INDEXES, BusyError, CorruptError, InputError, MissingFileError, RsirError
-from rsir_nb.retrieval.engines import fill_index, open_index
+from rsir_nb.remote.engines import fill_index, open_index
 from rsir_nb.retrieval.hamming import HammingIndex
-from rsir_nb.retrieval.ray import RayIndex
-from rsir_nb.retrieval.shards import Searchers, start_ray
+from rsir_nb.remote.ray import RayIndex
+from rsir_nb.remote.shards import Searchers, start_ray
 
 
 def nodes_of(pool): return [on for _, on in pool.actors]
@@ -134,7 +134,7 @@ def test_a_killed_writer_leaves_the_state_before(nodes, tmp_path):  # noqa: F811
     "Killed after its file is written and before shards.json names it."
     codes = clustered(100)
     ix = RayIndex.build(tmp_path/"shards", codes, shards=2, searchers=nodes.pool)
-    code = (f"import os, rsir_nb.retrieval.ray as r, numpy as np\n"
+    code = (f"import os, rsir_nb.remote.ray as r, numpy as np\n"
             f"r._write_shards = lambda *a: os._exit(9)\nix = r.RayIndex({str(ix.folder)!r})\n"
             f"ix._new_ids = lambda ids, n: np.arange(100, 100 + n)\nix.add(np.zeros((5, 8), np.uint8))")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, capture_output=True, timeout=120)

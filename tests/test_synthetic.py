@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from rsir_nb.core import InputError
-from rsir_nb.data.synthetic import SyntheticArchive
+from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.sensors import norm_stats
 
 SMALL = dict(n_places=10, patches_per_place=4, img_size=60)

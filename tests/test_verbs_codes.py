@@ -7,8 +7,8 @@ from rsir_nb.core import InputError, MissingFileError
 from rsir_nb.retrieval.hamming import HammingIndex
 from rsir_nb.verbs_codes import hits_table, load_array
 
-pytest.importorskip("rsir_nb.retrieval.live")
-pytest.importorskip("rsir_nb.retrieval.engines")
+pytest.importorskip("rsir_nb.live.index")
+pytest.importorskip("rsir_nb.remote.engines")
 
 
 @pytest.fixture

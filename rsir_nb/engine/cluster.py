@@ -24,7 +24,7 @@ from .encode import (_check_settings, _drop, _load_shard, _make_shard, _open_fin
 from .protocols import Protocol, System, directions, get_protocol, score_direction, tabulate
 from .train import build_archive, load_method, run_weights
 from ..retrieval.codes import CodeStore
-from ..retrieval.shards import start_ray
+from ..remote.shards import start_ray
 
 # %% ../../nbs/79a_engine.cluster.ipynb #5f61c4fa
 _held = {}

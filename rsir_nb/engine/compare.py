@@ -14,8 +14,8 @@ import pandas as pd
 from ..config import load_run_config
 from ..core import InputError, MissingFileError, unknown_name
 from .evaluate import Evaluation, load_evaluation
-from ..retrieval.intervals import paired_difference_ci, sign_flip_test
-from ..retrieval.scores import METRICS
+from ..metrics.intervals import paired_difference_ci, sign_flip_test
+from ..metrics.scores import METRICS
 
 # %% ../../nbs/74b_engine.compare.ipynb #e0c3f2fa
 def _evaluation(run, protocol):

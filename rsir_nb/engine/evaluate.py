@@ -31,7 +31,7 @@ from .protocols import (Protocol, Result, System, compare, directions, get_proto
 from .train import build_archive, build_method, split_of, trainer_config
 from ..methods.base import Method
 from ..retrieval.codes import CodeStore
-from ..retrieval.judging import LabelSets
+from ..metrics.judging import LabelSets
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #acafe1be
 @dataclass

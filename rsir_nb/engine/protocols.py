@@ -20,9 +20,9 @@ from ..data.base import Vocab
 from ..retrieval.codes import CodeStore
 from ..retrieval.hamming import HammingIndex
 from ..retrieval.index import Index
-from ..retrieval.intervals import paired_difference_ci
-from ..retrieval.judging import LabelSets
-from ..retrieval.scores import Scorer, choose_metrics, drop_own, summarise
+from ..metrics.intervals import paired_difference_ci
+from ..metrics.judging import LabelSets
+from ..metrics.scores import Scorer, choose_metrics, drop_own, summarise
 from ..retrieval.vectors import VectorIndex
 
 # %% ../../nbs/74_engine.protocols.ipynb #b17b0279

@@ -28,7 +28,7 @@ from .protocols import (Direction, System, directions, group_parts, rank_directi
 from .search import open_search
 from .train import build_archive
 from ..html import Card, html_gallery, html_page, html_table
-from ..retrieval.scores import METRICS
+from ..metrics.scores import METRICS
 from ..show import to_rgb
 
 # %% ../../nbs/76_engine.report.ipynb #a32a8721

@@ -25,7 +25,7 @@ from .encode import encode
 from .train import run_weights
 from ..methods.base import Method
 from ..retrieval.codes import CodeStore
-from ..retrieval.engines import fill_index, open_index
+from ..remote.engines import fill_index, open_index
 from ..retrieval.index import Index
 
 # %% ../../nbs/72b_engine.retriever.ipynb #a664dbe1

@@ -18,7 +18,7 @@ from ..engine.retriever import Retriever
 from ..engine.stages import archive_picture
 from .thumbs import Thumbs
 from ..geo import bounding_boxes
-from ..retrieval.metrics import ap_at_k
+from ..metrics.measures import ap_at_k
 from ..retrieval.ranking import Ranking
 
 # %% ../../nbs/80a_gallery.session.ipynb #93669250

@@ -7,7 +7,7 @@ from parity import check, recipe_weights
 
 from rsir_nb.losses.contrastive import modality_discrepancy_loss, ntxent_loss
 from rsir_nb.losses.duch import geometric_ramp, similarity_preservation_loss
-from rsir_nb.methods.duch import DuchPairs
+from rsir_nb.methods.duch_pairs import DuchPairs
 from rsir_nb.models.names import to_published_names
 from rsir_nb.sensors import BAND_ORDERS, SENSORS
 

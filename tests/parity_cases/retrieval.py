@@ -1,7 +1,7 @@
 "Handlers of the `retrieval.*` cases: uni- and cross-modal search of features, scored by label sets (M1)."
 import numpy as np
 from parity import check
-from rsir_nb.retrieval.scores import score_rankings, summarise
+from rsir_nb.metrics.scores import score_rankings, summarise
 from rsir_nb.retrieval.vectors import VectorIndex
 
 METRICS = {"prec": "m1_precision", "rec": "m1_recall", "f1": "m1_f1"}
