@@ -130,7 +130,7 @@ def compile_first(n_bits):
     from rsir_nb.metrics.intervals import bootstrap_ci
     from rsir_nb.metrics.judging import Judge, LabelSets
     start, codes, sets = time.perf_counter(), np.zeros((3, n_bits//8), np.uint8), LabelSets(np.eye(3))
-    index = HammingIndex(n_bits)
+    index = HammingIndex(n_bits, scan="compiled")
     index.add(codes)
     Judge(sets, sets, [1], 3)(index.search(codes, 3)[1])
     bootstrap_ci(np.arange(3.), n=2)

@@ -158,7 +158,7 @@ def main():
     rng = np.random.default_rng(0)
     for n, n_bits in itertools.product(args.n, args.bits):
         codes, xq = make_codes(n, n_bits, args.clustered, rng)
-        peer, ours = faiss.IndexBinaryFlat(n_bits), HammingIndex(n_bits=n_bits)
+        peer, ours = faiss.IndexBinaryFlat(n_bits), HammingIndex(n_bits=n_bits, scan="compiled")
         peer.add(codes)
         ours.add(codes)
         for threads in args.threads:

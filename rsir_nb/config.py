@@ -8,22 +8,23 @@ __all__ = ['GROUPS', 'TOP_KEYS', 'SCHEMAS', 'CHECKS', 'DERIVED', 'CONFIGS', 'reg
            'load_run_config']
 
 # %% ../nbs/01_config.ipynb #6045fcf1
-import importlib.util, inspect, logging, os, platform, re, subprocess, sys
+import importlib, inspect, logging, os, platform, re, subprocess, sys
 from dataclasses import is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
-import pandas as pd
 import yaml
-from fastcore.docments import docments
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import rsir_nb
 from .core import (DATASETS, METHODS, CorruptError, InputError, MissingFileError, atomic_path,
-                          fill_registries, legal_arguments, unknown_name, write_json)
+                          lazy_import, legal_arguments, load_plugins, modules_with, unknown_name, write_json)
 from .typed import PLAIN, absolute_path, typed_value
+
+# %% ../nbs/01_config.ipynb #5edab2b0
+pd = lazy_import('pandas')
 
 # %% ../nbs/01_config.ipynb #0f6210c5
 GROUPS = ('data', 'method', 'optim', 'trainer', 'hash', 'encode', 'index', 'evaluate', 'report')
@@ -54,7 +55,8 @@ def builder_of(
 ) -> Callable|None: # None where no page has registered a schema
     "What the keys of a group are passed to."
     if group in _REGISTRIES: return _REGISTRIES[group].get(name)
-    if group not in SCHEMAS: _fill()
+    if group not in SCHEMAS:
+        for page in modules_with(rf"register_schema\('{group}'"): importlib.import_module(page)
     return SCHEMAS.get(group)
 
 # %% ../nbs/01_config.ipynb #d7f03511
@@ -65,7 +67,7 @@ def group_arguments(
     "The keys that a config may set in a group."
     builder, found = builder_of(group, name), {}
     if builder is None: return {}
-    for func in _functions(builder): found = {**inspect.signature(func).parameters, **found}
+    for func in _functions(builder): found = {**inspect.signature(func, eval_str=True).parameters, **found}
     return {o: found[o] for o in legal_arguments(builder) if o not in DERIVED.get(group, ())}
 
 # %% ../nbs/01_config.ipynb #c81980d0
@@ -75,17 +77,14 @@ def _functions(builder):
     found = [vars(o).get('__init__') for o in builder.__mro__]
     return [o for o in found if inspect.isfunction(o)]
 
-def _fill():
-    "Import the pages that register something, as soon as the page that finds them has been exported."
-    if importlib.util.find_spec('rsir_nb.all'): fill_registries()
-
 # %% ../nbs/01_config.ipynb #1a0cd657
 def config_table(
     group:str, # one of `GROUPS`
     name:str|None=None, # the registered name, for 'data' and 'method'
-) -> pd.DataFrame: # one row a key: type, default, meaning
+) -> "pd.DataFrame": # one row per key: type, default, meaning
     "What can be set in a group."
     builder, empty, rows = builder_of(group, name), inspect.Parameter.empty, {}
+    from fastcore.docments import docments
     sources = [builder] if is_dataclass(builder) else _functions(builder)
     docs = {k: v for o in reversed(sources) for k, v in docments(o).items()}
     for key, p in group_arguments(group, name).items():
@@ -126,8 +125,7 @@ def _find(name, near=None):
 def _choice(group, name):
     "A packaged choice for a group, or a registered name by itself."
     if name in list_configs(group): return _read(CONFIGS/group/f'{name}.yaml')
-    known = _REGISTRIES[group].entries if group in _REGISTRIES else {}
-    if name not in known: _fill()
+    known = _REGISTRIES[group].list() if group in _REGISTRIES else []
     if name in known: return {'name': name}
     raise unknown_name(f"choice for {group}", name, {*list_configs(group), *known})
 
@@ -211,7 +209,7 @@ def load_config(
     changes.sort(key=lambda o: not any(_swaps(k, v) for k, v in o.items()))   # choices before their keys
     layers, cfg = [*_layers('base'), *_layers(name), *changes], {}
     plugins = [o['plugins'] for o in layers if 'plugins' in o][-1] or []
-    for o in plugins: fill_registries([o])
+    load_plugins(plugins)
     for layer in layers: _merge(cfg, layer)
     checked = {o: _check_group(o, cfg[o]) for o in GROUPS}
     rest = dict(seed=typed_value('seed', cfg['seed'], int), plugins=list(plugins))
@@ -319,5 +317,5 @@ def _load_plugins(plugins):
             log.warning("this run was made with the plugin %r, which a saved file cannot make us import; if "
                         "you trust it: RSIR_PLUGINS=%s, or import it first", o, ','.join(plugins))
             continue
-        try: fill_registries([o])
+        try: load_plugins([o])
         except MissingFileError as e: log.warning("%s", e)

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError', 'InputError', 'UnknownNameError',
            'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'unknown_name', 'Registry',
-           'legal_arguments', 'check_arguments', 'fill_registries', 'atomic_path', 'sync_path', 'write_json',
-           'read_json', 'folder_lock', 'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
+           'package_sources', 'modules_with', 'registered_parts', 'legal_arguments', 'check_arguments', 'load_plugins',
+           'LazyModule', 'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json', 'folder_lock',
+           'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
 
 # %% ../nbs/00_core.ipynb #266f6cab
-import ctypes, hashlib, importlib, importlib.util, inspect, json, os, shutil, sys
+import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, re, shutil, sys
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
+
 
 # %% ../nbs/00_core.ipynb #ce9f4deb
 class RsirError(Exception):
@@ -89,10 +92,16 @@ class Registry:
             return builder
         return decorate
 
+    @property
+    def found(self) -> dict[str, dict]:
+        "What the package's source registers: name -> what `info` returns, without importing anything."
+        return registered_parts().get(self.kind, {})
+
     def get(self, name:str):
-        "The builder registered under `name`."
-        if name not in self.entries: fill_registries()
-        if name not in self.entries: raise unknown_name(self.kind, name, self.entries)
+        "The builder registered under `name`; imports the module that has it."
+        if name not in self.entries and name in self.found:
+            importlib.import_module(self.found[name]['home'].rpartition('.')[0])
+        if name not in self.entries: raise unknown_name(self.kind, name, self.list())
         return self.entries[name]
 
     def create(self, name:str, **kwargs):
@@ -103,14 +112,20 @@ class Registry:
 
     def list(self, pattern:str='*') -> list[str]:
         "Sorted names that match the wildcard `pattern`."
-        fill_registries()
-        return sorted(o for o in self.entries if fnmatch(o, pattern))
+        return sorted(o for o in {*self.entries, *self.found} if fnmatch(o, pattern))
 
     def info(self, name:str) -> dict:
         "Name, one-line description, home and the facts given at registration."
+        if name not in self.entries and name in self.found: return dict(self.found[name])
         builder = self.get(name)
         doc = (inspect.getdoc(builder) or '').split('\n')[0]
         return dict(name=name, description=doc, home=_home(builder), **self.meta[name])
+
+    def _repr_markdown_(self):
+        rows = [self.info(o) for o in self.list()]
+        lines = [f"| {r['name']} | {r['description']} | {r.get('paper', '')} |" for r in rows]
+        return '\n'.join([f"| {self.kind} | what it is | paper |", "|---|---|---|", *lines])
+
 
 # %% ../nbs/00_core.ipynb #5ef05fd9
 def _home(o): return f"{o.__module__}.{o.__qualname__}"
@@ -118,6 +133,53 @@ def _home(o): return f"{o.__module__}.{o.__qualname__}"
 def _same_home(old, new):
     "Running a notebook cell again, or defining in a notebook what a module holds, is not a clash."
     return '__main__' in (old.__module__, new.__module__) or _home(old) == _home(new)
+
+# %% ../nbs/00_core.ipynb #798194c9
+def package_sources() -> dict[str, Path]: # module, e.g. 'rsir_nb.data.store' -> its file
+    "The source files of the package."
+    root = Path(importlib.util.find_spec('rsir_nb').origin).parent
+    files = [o for o in sorted(root.rglob('*.py')) if o.stem not in ('__init__', '_modidx')]
+    return {'.'.join([root.name, *o.relative_to(root).with_suffix('').parts]): o for o in files}
+
+@lru_cache
+def _texts(): return {name: path.read_text(encoding='utf-8') for name, path in package_sources().items()}
+
+def modules_with(
+    pattern:str, # regular expression, sought at the beginning of lines
+) -> list[str]: # modules of the package
+    "The modules whose source has a line that begins like `pattern`."
+    return [name for name, text in _texts().items() if re.search('^' + pattern, text, re.M)]
+
+@lru_cache
+def registered_parts() -> dict[str, dict[str, dict]]: # kind -> name -> name, description, home, facts
+    "What the package registers, read from its source."
+    texts = _texts()
+    kinds = dict(o for text in texts.values() for o in re.findall(r"^(\w+) *= Registry\('([^']+)'\)", text, re.M))
+    found = {kind: {} for kind in kinds.values()}
+    for module, text in texts.items():
+        if '.register(' not in text: continue
+        for variable, part in _decorated(ast.parse(text), module):
+            if variable in kinds: found[kinds[variable]][part['name']] = part
+    return found
+
+
+# %% ../nbs/00_core.ipynb #6b0e3c6b
+def _decorated(tree, module):
+    "Every `@NAME.register('part', fact=...)` of a module, as NAME and what `Registry.info` returns."
+    for node in tree.body:
+        for call in getattr(node, 'decorator_list', ()):
+            func = getattr(call, 'func', None)
+            if not isinstance(func, ast.Attribute) or func.attr != 'register': continue
+            name = call.args[0].value if call.args else node.name.lower()
+            facts = {o.arg: ast.literal_eval(o.value) for o in call.keywords if _is_literal(o.value)}
+            doc = (ast.get_docstring(node) or '').split('\n')[0]
+            yield ast.unparse(func.value), dict(name=name, description=doc, home=f'{module}.{node.name}', **facts)
+
+def _is_literal(node):
+    try: ast.literal_eval(node)
+    except ValueError: return False
+    return True
+
 
 # %% ../nbs/00_core.ipynb #99dd9616
 def legal_arguments(
@@ -146,11 +208,10 @@ def check_arguments(
         if key not in legal: raise unknown_name(f"argument of {what}", key, legal)
 
 # %% ../nbs/00_core.ipynb #e42d0271
-def fill_registries(
-    plugins:Iterable[str]=(), # further modules to import, e.g. 'my_lab.our_dataset'
+def load_plugins(
+    plugins:Iterable[str], # modules to import, e.g. 'my_lab.our_dataset'
 ):
-    "Import every page of the package that registers something, then `plugins`."
-    importlib.import_module('rsir_nb.all')
+    "Import modules outside the package that register something."
     for name in plugins:
         try: importlib.import_module(name)
         except ModuleNotFoundError as e:
@@ -158,13 +219,6 @@ def fill_registries(
             raise MissingFileError(f"the plugin {name!r} cannot be imported", found=str(e),
                 remedy="install it, or put its folder on PYTHONPATH") from e
 
-# %% ../nbs/00_core.ipynb #034b7981
-def _repr_markdown_(self):
-    rows = [self.info(o) for o in self.list()]
-    lines = [f"| {r['name']} | {r['description']} | {r.get('paper', '')} |" for r in rows]
-    return '\n'.join([f"| {self.kind} | what it is | paper |", "|---|---|---|", *lines])
-
-Registry._repr_markdown_ = _repr_markdown_
 
 # %% ../nbs/00_core.ipynb #0d8075fa
 DATASETS  = Registry('dataset')
@@ -172,6 +226,23 @@ BACKBONES = Registry('backbone')
 LOSSES    = Registry('loss')
 METHODS   = Registry('method')
 INDEXES   = Registry('index')
+
+# %% ../nbs/00_core.ipynb #a79bc14e
+class LazyModule:
+    "A module that is imported when one of its attributes is first used."
+    def __init__(self,
+        name:str, # dotted name, e.g. 'matplotlib.pyplot'
+    ):
+        self.__dict__['__name__'] = name
+
+    def __getattr__(self, key): return getattr(importlib.import_module(self.__name__), key)
+
+def lazy_import(
+    name:str, # dotted name, e.g. 'pandas'
+) -> LazyModule: # to be used like the module
+    "Stand in for a module until it is needed."
+    return LazyModule(name)
+
 
 # %% ../nbs/00_core.ipynb #d64e3fa4
 @contextmanager

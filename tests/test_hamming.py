@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (RuleBasedStateMachine, initialize, invariant, precondition, rule,
+                                 run_state_machine_as_test)
 from rsir_nb.core import INDEXES, CorruptError, InputError, MissingFileError, RsirError, UnknownNameError
 from rsir_nb.retrieval.codes import hamming_distances
 from rsir_nb.retrieval.hamming import HammingIndex
-from rsir_nb.retrieval.kernels import BLOCK, LANES, worth_guessing
+from rsir_nb.retrieval.blocks import BLOCK, plain_nearest
+from rsir_nb.retrieval.kernels import LANES, worth_guessing
 
 
 def random_codes(n, n_bits, seed=0, groups=None):
@@ -34,6 +36,14 @@ def brute_force(xq, codes, k, rows=None):
     rows = np.arange(len(codes)) if rows is None else rows
     at = np.argsort(d[:, rows], axis=1, kind="stable")[:, :k]
     return np.take_along_axis(d[:, rows], at, 1), rows[at]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "numpy"])
+def scan(request, monkeypatch):
+    "Every test runs with the compiled and with the plain scan."
+    limit = dict(compiled=-1, numpy=float("inf"))[request.param]
+    monkeypatch.setattr("rsir_nb.retrieval.hamming._COMPILE_S", limit)
+    return request.param
 
 
 def filled(codes, ids=None, threads=None):
@@ -275,10 +285,34 @@ def test_searching_after_a_fork_and_after_pickling():
 
 def test_no_compiled_code_is_kept_on_disk(tmp_path):
     "numba's cache mixes up kernels when two processes fill it at once; results were silently wrong."
-    code = ("import numpy as np; from rsir_nb.retrieval.hamming import HammingIndex; ix = HammingIndex(64); "
+    code = ("import numpy as np; from rsir_nb.retrieval.hamming import HammingIndex; ix = HammingIndex(64, scan='compiled'); "
             "ix.add(np.arange(80, dtype=np.uint8).reshape(10, 8)); ix.search(ix.codes, 3); ix.range_search(ix.codes, 3)")
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
     assert not list(tmp_path.rglob("*.nb?"))
+
+
+def test_a_small_search_compiles_nothing_and_many_do(monkeypatch):
+    from rsir_nb.retrieval import hamming
+    monkeypatch.setattr(hamming, "_COMPILE_S", 2.5)
+    monkeypatch.setattr(hamming, "_spent", {})
+    ix, used = filled(random_codes(5000, 64)), []
+    monkeypatch.setattr(hamming, "plain_nearest", lambda *a: used.append(len(a[2])) or plain_nearest(*a))
+    ix.search(ix.codes[:3], 5)
+    assert used == [3]
+    for _ in range(8): found = ix.search(ix.codes, 5)
+    assert 1 < len(used) < 8, "the plain scan serves until it has taken as long as compiling"
+    np.testing.assert_array_equal(found, brute_force(ix.codes, ix.codes, 5))
+
+
+def test_importing_and_a_small_search_need_no_compiler_and_no_torch():
+    code = ("import sys, numpy as np; from rsir_nb.retrieval.hamming import HammingIndex; ix = HammingIndex(64); "
+            "ix.add(np.arange(80, dtype=np.uint8).reshape(10, 8)); ix.search(ix.codes, 3); ix.range_search(ix.codes, 3); "
+            "assert not {'numba', 'torch', 'pandas'} & set(sys.modules), sorted(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_scan_names_the_known_ones():
+    with pytest.raises(RsirError, match="did you mean compiled"): HammingIndex(64, scan="compile")
 
 
 def test_found_by_name():
@@ -349,9 +383,9 @@ class Model(RuleBasedStateMachine):
         np.testing.assert_array_equal(self.ix.codes, self.codes)
 
 
-TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=40, stateful_step_count=15, deadline=None,
-                              suppress_health_check=list(HealthCheck))
+def test_random_histories_match_a_plain_list():
+    run_state_machine_as_test(Model, settings=settings(max_examples=40, stateful_step_count=15, deadline=None,
+                                                       suppress_health_check=list(HealthCheck)))
 
 
 @settings(max_examples=50, deadline=None)

@@ -6,12 +6,13 @@
 __all__ = ['LAYOUTS', 'Layout', 'recognise', 'from_published_names', 'to_published_names']
 
 # %% ../../nbs/25_models.names.ipynb #c984c4fb
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..core import InputError, fill_registries, unknown_name
+from ..core import InputError, modules_with, unknown_name
 from ..sensors import BAND_ORDERS
 
 # %% ../../nbs/25_models.names.ipynb #0b2950d0
@@ -117,7 +118,7 @@ def recognise(
     names:Iterable[str], # of a file's tensors
 ) -> str: # a key of `LAYOUTS`
     "The system whose names these are, or nearly are."
-    fill_registries() # a method's page may have a layout of its own
+    _find_layouts()
     names, found = list(names), {}
     bare = {k.removeprefix('backbone.') for k in names}
     for key, layout in LAYOUTS.items():
@@ -145,9 +146,14 @@ def _translate(state, pairs, what):
     return {names[k]: v for k, v in state.items()}
 
 def _layout(key):
-    if key not in LAYOUTS: fill_registries()
+    if key not in LAYOUTS: _find_layouts()
     if key not in LAYOUTS: raise unknown_name('published layout', key, LAYOUTS)
     return LAYOUTS[key]
+
+def _find_layouts():
+    "Import the pages that have a layout of their own."
+    for o in modules_with(r'LAYOUTS\['): importlib.import_module(o)
+
 
 # %% ../../nbs/25_models.names.ipynb #21f8f15b
 def from_published_names(

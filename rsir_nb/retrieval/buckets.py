@@ -14,7 +14,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .hamming import HammingIndex
-from .kernels import BLOCK, count_ones, count_threads, run_tasks
+from .blocks import BLOCK, count_threads, run_tasks
+from .kernels import count_ones
 
 # %% ../../nbs/41a_retrieval.buckets.ipynb #b3a444e9
 def _cuts(n_bits, n):

@@ -18,7 +18,7 @@ from ..core import InputError
 from .buckets import PROBE_NS, BucketTables, count_buckets, table_bytes
 from .codes import check_codes
 from .hamming import HammingIndex
-from .kernels import BLOCK
+from .blocks import BLOCK
 from .multi import scan_price
 
 # %% ../../nbs/41c_retrieval.duplicates.ipynb #7c664846

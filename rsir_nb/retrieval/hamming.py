@@ -7,15 +7,32 @@ __all__ = ['HammingIndex']
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #1b43dde5
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import INDEXES, InputError
+from ..core import INDEXES, InputError, lazy_import, unknown_name
+from .blocks import (BLOCK, count_threads, get_words, plain_nearest, plain_within, put_words,
+                                      run_tasks, share_out, to_words)
 from .codes import check_codes
 from .index import Index, as_positions, grown, merge_nearest
-from .kernels import (BLOCK, count_threads, get_words, make_scan, make_within, put_words,
-                                       run_tasks, share_out, to_words, worth_guessing)
+
+# %% ../../nbs/41_retrieval.hamming.ipynb #e56ab2cd
+kernels = lazy_import('rsir_nb.retrieval.kernels')
+
+# %% ../../nbs/41_retrieval.hamming.ipynb #b21d625c
+SCANS = 'auto', 'compiled', 'numpy'
+_COMPILE_S = 2.5 # seconds that compiling a scan takes
+_spent = {} # words of a code -> seconds that the plain scans of this process have taken, as estimated
+
+def _compiles(index, n_queries):
+    "Whether an index uses the compiled scan for its next search."
+    if index.scan != 'auto': return index.scan == 'compiled'
+    n_words = index._blocks.shape[1]
+    seconds = n_queries*(1e-4 + len(index)*(4 + 2*n_words)/1e9)
+    _spent[n_words] = _spent.get(n_words, 0) + seconds
+    return _spent[n_words] > _COMPILE_S
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #f9535b21
 @INDEXES.register('hamming', exact=True)
@@ -26,12 +43,14 @@ class HammingIndex(Index):
     def __init__(self,
         n_bits:int=128, # length of a code, a multiple of 8
         threads:int|None=None, # threads of a search; by default all cores, or what OMP_NUM_THREADS says
+        scan:Literal['auto', 'compiled', 'numpy']='auto', # how codes are compared; 'auto' compiles when it pays
     ):
+        if scan not in SCANS: raise unknown_name('scan', scan, SCANS)
         if isinstance(n_bits, bool) or not isinstance(n_bits, (int, np.integer)) or n_bits < 8 or n_bits % 8:
             raise InputError("codes of this length cannot be indexed", found=f"n_bits={n_bits!r}",
                              wanted="a multiple of 8")
         super().__init__()
-        self.n_bits, self.threads = int(n_bits), threads
+        self.n_bits, self.threads, self.scan = int(n_bits), threads, scan
         self._blocks = np.zeros((0, -(-self.n_bits//64), BLOCK), dtype=np.uint64)
 
     def _check(self, x, what): return check_codes(x, self.n_bits, what)
@@ -74,8 +93,11 @@ def _source(self:HammingIndex, rows):
 # %% ../../nbs/41_retrieval.hamming.ipynb #bcf91d71
 @patch
 def _nearest(self:HammingIndex, xq, k, rows):
+    xq, threads = to_words(xq), count_threads(self.threads)
+    if not _compiles(self, len(xq)):
+        return plain_nearest(self._blocks, self._n, xq, k, None if rows is None else as_positions(rows))
     words, n, allowed, origin = self._source(rows)
-    xq, scan, threads = to_words(xq), make_scan(self._blocks.shape[1]), count_threads(self.threads)
+    scan = kernels.make_scan(self._blocks.shape[1])
     groups, pieces = share_out(len(xq), n, threads, (1 << 22)//(2*k + 64))
     def part(group, piece):
         lo, hi = piece
@@ -85,7 +107,7 @@ def _nearest(self:HammingIndex, xq, k, rows):
         def ask(queries, guess, *out):
             return scan(words, lo, hi, queries, self.n_bits, k, guess, allowed, *out)
         some = xq[slice(*group)]
-        held = ask(some, not allowed.size and worth_guessing(hi - lo, k), *found)
+        held = ask(some, not allowed.size and kernels.worth_guessing(hi - lo, k), *found)
         if held.min() < size:
             short = np.flatnonzero(held < size)
             again = [o[short] for o in found]
@@ -101,8 +123,12 @@ def _nearest(self:HammingIndex, xq, k, rows):
 # %% ../../nbs/41_retrieval.hamming.ipynb #cd7df9ae
 @patch
 def _within(self:HammingIndex, xq, radius, rows):
+    xq, threads = to_words(xq), count_threads(self.threads)
+    if not _compiles(self, len(xq)):
+        positions = None if rows is None else as_positions(rows)
+        return plain_within(self._blocks, self._n, xq, int(min(radius, self.n_bits)), positions)
     words, n, allowed, origin = self._source(rows)
-    xq, within, threads = to_words(xq), make_within(self._blocks.shape[1]), count_threads(self.threads)
+    within = kernels.make_within(self._blocks.shape[1])
     groups, pieces = share_out(len(xq), n, threads, 64)
     bound = min(int(radius), self.n_bits) + 1
     def part(group, piece):

@@ -17,7 +17,7 @@ from ..core import INDEXES, CorruptError, InputError, make_rng
 from .buckets import (BUILD_NS, PROBE_NS, BucketTables, _cuts, count_buckets,
                                        table_bytes)
 from .hamming import HammingIndex
-from .kernels import BLOCK, count_threads
+from .blocks import BLOCK, count_threads
 
 # %% ../../nbs/41b_retrieval.multi.ipynb #7f6cb870
 @INDEXES.register('multi', exact=True, paper='Norouzi, Punjani, Fleet: arXiv:1307.2982')
@@ -75,7 +75,7 @@ def scan_price(
     n_bits:int, # length of a code, bits
 ) -> float: # ns a code and query, of one thread
     "What a scan takes to compare one code, measured once in a process on codes that fit the cache."
-    ix, rng = HammingIndex(n_bits=n_bits, threads=1), make_rng(0, 'scan')
+    ix, rng = HammingIndex(n_bits=n_bits, threads=1, scan='compiled'), make_rng(0, 'scan')
     ix.add(rng.integers(0, 256, (16*BLOCK, n_bits//8), dtype=np.uint8))
     xq, seconds = ix.codes[:16], []
     for _ in range(6):
