@@ -24,7 +24,7 @@ from .engine.encode import encode_run
 from .engine.evaluate import evaluate
 from .engine.hash import train_hash
 from .engine.report import write_gallery, write_report
-from .engine.search import open_search
+from .engine.retriever import open_search
 from .engine.stages import archive_picture, demo, index_run
 from .engine.train import build_archive, pretrain
 from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overwrite, ProtocolName,

@@ -154,14 +154,14 @@ def modules_with(
 def registered_parts() -> dict[str, dict[str, dict]]: # kind -> name -> name, description, home, facts
     "What the package registers, read from its source."
     texts = _texts()
-    kinds = dict(o for text in texts.values() for o in re.findall(r"^(\w+) *= Registry\('([^']+)'\)", text, re.M))
+    made = re.compile(r"^(\w+) *= Registry\('([^']+)'\)", re.M)
+    kinds = dict(o for text in texts.values() for o in made.findall(text))
     found = {kind: {} for kind in kinds.values()}
     for module, text in texts.items():
         if '.register(' not in text: continue
         for variable, part in _decorated(ast.parse(text), module):
             if variable in kinds: found[kinds[variable]][part['name']] = part
     return found
-
 
 # %% ../nbs/00_core.ipynb #6b0e3c6b
 def _decorated(tree, module):
@@ -173,13 +173,13 @@ def _decorated(tree, module):
             name = call.args[0].value if call.args else node.name.lower()
             facts = {o.arg: ast.literal_eval(o.value) for o in call.keywords if _is_literal(o.value)}
             doc = (ast.get_docstring(node) or '').split('\n')[0]
-            yield ast.unparse(func.value), dict(name=name, description=doc, home=f'{module}.{node.name}', **facts)
+            about = dict(name=name, description=doc, home=f'{module}.{node.name}')
+            yield ast.unparse(func.value), {**about, **facts}
 
 def _is_literal(node):
     try: ast.literal_eval(node)
     except ValueError: return False
     return True
-
 
 # %% ../nbs/00_core.ipynb #99dd9616
 def legal_arguments(

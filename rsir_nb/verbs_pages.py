@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .config import load_run_config
-from .engine.search import open_search
+from .engine.retriever import open_search
 from .engine.train import build_archive
 from .engine.why import explain
 from .gallery.atlas import atlas

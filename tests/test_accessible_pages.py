@@ -31,7 +31,7 @@ def pages(run, tmp_path_factory):
     from rsir_nb.engine.bench import bench_page
     from rsir_nb.engine.duplicates import write_duplicates
     from rsir_nb.engine.report import write_gallery, write_report
-    from rsir_nb.engine.search import open_search
+    from rsir_nb.engine.retriever import open_search
     from rsir_nb.engine.stages import archive_picture, index_run
     from rsir_nb.engine.train import build_archive
     from rsir_nb.engine.why import explain

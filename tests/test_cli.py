@@ -70,7 +70,7 @@ def test_folder_of_images_to_hits(tmp_path, capsys):
     capsys.readouterr()
     hits, page = tmp_path / "hits.geojson", tmp_path / "hits.html"
     asked = ["query", run, "a_0_120", "--k", "3", "--geojson", str(hits), "--html", str(page)]
-    from rsir_nb.engine.search import Retriever
+    from rsir_nb.engine.retriever import Retriever
     asked[2] = Retriever.load(f"{run}/search").store.ids[1]
     assert main(asked) == 0
     assert hits.read_text().count('"Polygon"') == 3 and page.read_text().count("<img") >= 4
@@ -213,7 +213,7 @@ def test_a_failed_first_try_does_not_block_the_second(tmp_path, capsys, monkeypa
 
 def test_ways_to_ask(tiny_run, capsys, tmp_path):
     "Examples, radius, embeddings, boxes: the verb asks as the retriever does."
-    from rsir_nb.engine.search import open_search
+    from rsir_nb.engine.retriever import open_search
     main(["index", str(tiny_run)])
     search = open_search(tiny_run)
     def ask(line):

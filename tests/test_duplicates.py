@@ -4,7 +4,7 @@ import pytest
 from engine_run import tiny_config
 from rsir_nb.cli import main
 from rsir_nb.core import InputError, UnknownNameError
-from rsir_nb.engine.search import Retriever
+from rsir_nb.engine.retriever import Retriever
 from rsir_nb.engine.train import build_archive, build_method
 from rsir_nb.retrieval.codes import CodeStore
 
@@ -103,7 +103,7 @@ def test_the_verb(tmp_path, capsys):
     call = ["duplicates", str(run), "--sensor", "s2", "--radius", "2", "--csv", str(tmp_path/"d.csv"), "--html", str(tmp_path/"d.html")]
     assert main(call) == 0
     out = capsys.readouterr().out
-    from rsir_nb.engine.search import open_search
+    from rsir_nb.engine.retriever import open_search
     pairs = open_search(run).duplicates("s2", 2)
     assert len(pairs) and f"{len(pairs):,} pair" in out and (tmp_path/"d.csv").read_text().count("\n") == len(pairs) + 1
     assert (tmp_path/"d.html").read_text().count("<img") > 1

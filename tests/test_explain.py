@@ -11,7 +11,7 @@ from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.bits import bit_labels, bit_values, shared_bits
 from rsir_nb.engine.explain import match_tokens, mutual_pairs, show_match
 from rsir_nb.engine.hash import train_hash
-from rsir_nb.engine.search import Retriever, open_search
+from rsir_nb.engine.retriever import Retriever, open_search
 from rsir_nb.engine.stages import index_run
 from rsir_nb.engine.train import build_archive, pretrain
 from rsir_nb.engine.why import explain

@@ -11,7 +11,7 @@ from rsir_nb.data.base import TensorArchive
 from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.hash import paired_features
-from rsir_nb.engine.search import Retriever
+from rsir_nb.engine.retriever import Retriever
 from rsir_nb.gallery import app
 from rsir_nb.gallery.app import QueryGallery
 from rsir_nb.methods.hashing import train_heads

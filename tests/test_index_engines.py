@@ -66,13 +66,13 @@ def test_a_cluster(run, nodes, tmp_path):  # noqa: F811
     ("postgresql://host/db?password=secret", "postgresql://host/db")])
 def test_a_password_is_used_and_not_kept(run, tmp_path, monkeypatch, address, kept):
     "The whole address opens the index, also right after it is made; the folder keeps the rest of it."
-    from rsir_nb.engine import retriever as page
+    from rsir_nb.remote import engines
     plain, asked = open_search(run), []
     def opened(where, **kw):
         asked.append(where)
         return type("Full", (), dict(__len__=lambda self: len(plain), n_bits=plain.store.n_bits))()
-    monkeypatch.setattr(page, "open_index", opened)
-    monkeypatch.setattr(page, "fill_index", lambda index, *args: index)
+    monkeypatch.setattr(engines, "open_index", opened)
+    monkeypatch.setattr(engines, "fill_index", lambda index, *args: index)
     Retriever.build(plain.method, plain.store, tmp_path/"r", engine=address)
     assert len(asked) == 4 and all("secret" in o for o in asked)
     assert read_json(tmp_path/"r"/"retriever.json")["engine"].rstrip("?") == kept

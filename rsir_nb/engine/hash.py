@@ -15,10 +15,11 @@ from ..config import load_run_config, register_schema, to_dict
 from ..core import InputError, atomic_path, check_arguments, folder_lock, read_json, write_json
 from ..data.base import Archive
 from .encode import encode
-from .train import build_archive, run_weights, split_of, trainer_config
+from .train import build_archive, split_of, trainer_config
 from ..methods.base import Method
 from ..methods.hashing import train_heads
 from ..retrieval.codes import CodeStore
+from ..rundir import run_weights
 
 # %% ../../nbs/72_engine.hash.ipynb #58a3c446
 def paired_features(

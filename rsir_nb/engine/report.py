@@ -25,7 +25,7 @@ from .evaluate import Evaluation, arrows, evaluate
 from .progress import loss_curves, reconstructions
 from .protocols import (Direction, System, directions, group_parts, rank_direction,
                                       store_labels)
-from .search import open_search
+from .retriever import open_search
 from .train import build_archive
 from ..html import Card, html_gallery, html_page, html_table
 from ..metrics.scores import METRICS

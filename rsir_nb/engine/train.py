@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'build_archive', 'build_method', 'TrainerConfig', 'trainer_config', 'split_of', 'config_changes',
-           'pretrain', 'make_trainer', 'first_pairs', 'read_history', 'load_method', 'run_weights']
+           'pretrain', 'make_trainer', 'first_pairs', 'read_history', 'load_method']
 
 # %% ../../nbs/70a_engine.train.ipynb #5bf91ac6
 import io, logging, os, shutil, time, warnings
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ..config import group_kwargs, load_run_config, register_schema, save_config, to_dict
 from ..core import (DATASETS, METHODS, InputError, MissingFileError, RsirError, declare_torchvision_ops,
-                          folder_lock, legal_arguments, read_json, write_json)
+                          folder_lock, legal_arguments, write_json)
 from ..data.base import Archive
 from ..data.module import ArchiveData
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepLast, RunBar,
                                  last_checkpoint, make_wandb)
 from ..methods.base import Method
 from ..methods.optim import OptimConfig, make_optim
+from ..rundir import method_folder
 declare_torchvision_ops()
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -306,18 +307,4 @@ def load_method(
     device:str='cpu', # where to put it
 ) -> Method: # in eval mode
     "The method of a run, with its hash heads where there are any."
-    return Method.load(_newest_method(run_dir), device)
-
-def run_weights(
-    run_dir:str|Path, # a run's folder
-) -> str: # 16 hexadecimal digits, see `Method.weights_hash`
-    "The name of a run's weights, without loading them."
-    return read_json(_newest_method(run_dir)/'method.json')['weights_hash']
-
-def _newest_method(run_dir):
-    "The folder of a run's method, with its heads where there are any."
-    for name in 'hash/method', 'method', '.':
-        if (Path(run_dir)/name/'method.json').is_file(): return Path(run_dir)/name
-    begun = (Path(run_dir)/'config.yaml').is_file()
-    raise MissingFileError(f"{run_dir} holds no trained method",
-        remedy=f"finish it: rsir pretrain {run_dir}/config.yaml" if begun else "name the folder of a run")
+    return Method.load(method_folder(run_dir), device)

@@ -43,7 +43,7 @@ class HammingIndex(Index):
     def __init__(self,
         n_bits:int=128, # length of a code, a multiple of 8
         threads:int|None=None, # threads of a search; by default all cores, or what OMP_NUM_THREADS says
-        scan:Literal['auto', 'compiled', 'numpy']='auto', # how codes are compared; 'auto' compiles when it pays
+        scan:Literal['auto', 'compiled', 'numpy']='auto', # 'auto' compiles where it pays
     ):
         if scan not in SCANS: raise unknown_name('scan', scan, SCANS)
         if isinstance(n_bits, bool) or not isinstance(n_bits, (int, np.integer)) or n_bits < 8 or n_bits % 8:
