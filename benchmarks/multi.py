@@ -115,7 +115,8 @@ def searches(args):
     built = []
     for kind, codes, xq in archives(args):
         n_bits = codes.shape[1]*8
-        indexes = (HammingIndex(n_bits, args.threads, "compiled"), MultiIndex(n_bits, args.threads, True, memory=1e12),
+        indexes = (HammingIndex(n_bits, args.threads, "compiled"),
+                   MultiIndex(n_bits, args.threads, True, memory=1e12),
                    MultiIndex(n_bits, args.threads, memory=1e12))
         for ix in indexes: ix.add(codes)
         indexes[1].range_search(xq[:1], 0)                                  # the kernels are compiled once

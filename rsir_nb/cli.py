@@ -14,19 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from omegaconf import OmegaConf
 
-from .config import list_configs, load_config, load_run_config
 from .core import BACKBONES, DATASETS, INDEXES, LOSSES, METHODS, InputError, RsirError, unknown_name
-from .engine.compare import compare_runs
-from .engine.duplicates import told_duplicates, write_duplicates
-from .engine.encode import encode_run
-from .engine.evaluate import evaluate
-from .engine.hash import train_hash
-from .engine.report import write_gallery, write_report
-from .engine.retriever import open_search
-from .engine.stages import archive_picture, demo, index_run
-from .engine.train import build_archive, pretrain
 from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overwrite, ProtocolName,
                              RunFolder, SourceSensor, TargetSensor, changes_of, is_run, run_config, shown,
                              verb)
@@ -76,6 +65,7 @@ def list_command(
     kind:Annotated[str, typer.Argument(help="configs, datasets, methods, losses, ...")]='', # all by default
 ):
     "Show what can be named in a config."
+    from rsir_nb.config import list_configs
     if kind and kind not in (*KINDS, 'configs'): raise unknown_name('list', kind, (*KINDS, 'configs'))
     configs = [*list_configs(), *(f'bench/{o}' for o in list_configs('bench'))]
     if kind in ('', 'configs'): print('configs:', *[f"  {o}" for o in configs], sep='\n')
@@ -96,6 +86,8 @@ def pretrain_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Train a method. Called again it goes on, or says that it is done."
+    from rsir_nb.config import load_config
+    from rsir_nb.engine.train import pretrain
     cfg = load_config(config, overrides)
     if shown(cfg, dry_run): return
     run = pretrain(cfg, resume=not fresh)
@@ -111,6 +103,7 @@ def hash_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Train hash heads on the frozen features of a run."
+    from rsir_nb.engine.hash import train_hash
     cfg = run_config(run, overrides, 'hash')
     if shown(cfg.hash, dry_run): return
     method = train_hash(run, overwrite=overwrite, **changes_of(cfg, overrides, 'hash'))
@@ -126,6 +119,7 @@ def encode_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Encode a run's archive. Called again it goes on, or says that it is done."
+    from rsir_nb.engine.encode import encode_run
     cfg = run_config(run, overrides, 'encode')
     if shown(cfg.encode, dry_run): return
     store = encode_run(run, overwrite=overwrite, **changes_of(cfg, overrides, 'encode'))
@@ -142,6 +136,9 @@ def index_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Make a run searchable."
+    from rsir_nb.config import load_config
+    from rsir_nb.engine.stages import index_run
+    from rsir_nb.engine.train import pretrain
     known = is_run(config)
     cfg = run_config(config, overrides, 'index') if known else load_config(config, overrides)
     if shown(cfg, dry_run): return
@@ -170,11 +167,11 @@ def query_command(
     csv:Annotated[Path, typer.Option(help="Write the hits as CSV.")]=None, # plain
 ):
     "Find the patches most like one, or like several, across sensors if asked."
-    archive = build_archive(load_run_config(run).data) if html else None
+    from rsir_nb.engine.retriever import open_search
     options = dict(source=source, target=target, file=file, **filters)
     found = _found(open_search(run), [query, *also], combine, k, within, rescore, options)
     print(found.to_text())
-    if html: found.to_html(html, picture=archive_picture(archive))
+    if html: found.to_html(html, picture=_picture_of(run))
     for path, write in (geojson, found.to_geojson), (parquet, found.to_parquet), (csv, found.to_csv):
         if path: write(path)
     return found
@@ -190,6 +187,13 @@ def _found(search, queries, combine, k, within, rescore, options):
     if len(queries) > 1: return search.query_many(queries, combine, k=k, **options)
     return search.query(queries[0], k=k, rescore=rescore, **options)
 
+def _picture_of(run):
+    "What draws a patch of a run's archive; only pictures need the archive."
+    from rsir_nb.config import load_run_config
+    from rsir_nb.engine.stages import archive_picture
+    from rsir_nb.engine.train import build_archive
+    return archive_picture(build_archive(load_run_config(run).data))
+
 # %% ../nbs/91_cli.ipynb #ba9713e6
 @app.command('evaluate')
 def evaluate_command(
@@ -199,6 +203,7 @@ def evaluate_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Score a run in every direction, beside its baselines."
+    from rsir_nb.engine.evaluate import evaluate
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
     cfg = run_config(run, changes, 'evaluate')
     if shown(cfg.evaluate, dry_run): return
@@ -217,6 +222,7 @@ def compare_command(
     csv:Annotated[Path, typer.Option(help="Write the table.")]=None, # to here
 ):
     "Say by how much one run is better than another, in every direction, and how sure that is."
+    from rsir_nb.engine.compare import compare_runs
     table = compare_runs(run_a, run_b, protocol=protocol, metric=metric, k=k)
     print(table.round(4).to_string(index=False))
     if csv: table.to_csv(csv, index=False)
@@ -231,6 +237,8 @@ def report_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Write a run's report: scores, margins, curves and galleries."
+    from omegaconf import OmegaConf
+    from rsir_nb.engine.report import write_report
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
     cfg = run_config(run, changes, 'report', 'evaluate')
     if shown(OmegaConf.masked_copy(cfg, ['report', 'evaluate']), dry_run): return
@@ -254,6 +262,7 @@ def gallery_command(
     html:Annotated[Path, typer.Option(help="The page; RUN/gallery.html by default.")]=None, # where to
 ):
     "Write a page of queries and their hits."
+    from rsir_nb.engine.report import write_gallery
     path = write_gallery(run, queries, html, source, target, k, n=n, seed=seed, file=file, **filters)
     print(path)
     return path
@@ -271,14 +280,15 @@ def duplicates_command(
     html:Annotated[Path, typer.Option(help="Write a page of them side by side.")]=None, # pictures
 ):
     "Find patches that are there twice, or nearly."
+    from rsir_nb.engine.duplicates import told_duplicates, write_duplicates
+    from rsir_nb.engine.retriever import open_search
     search = open_search(run)
     pairs = search.duplicates(sensor, radius, every, **filters)
     if len(pairs): print(pairs.head(n).to_string(index=False))
     print(told_duplicates(search, pairs))
     if csv: pairs.to_csv(csv, index=False)
     if html:
-        picture = archive_picture(build_archive(load_run_config(run).data))
-        write_duplicates(search, pairs, html, picture, sensor or next(iter(search.indexes)), n)
+        write_duplicates(search, pairs, html, _picture_of(run), sensor or next(iter(search.indexes)), n)
     return pairs
 
 # %% ../nbs/91_cli.ipynb #5e21269a
@@ -288,6 +298,8 @@ def demo_command(
     dry_run:DryRun=False, # only show the config
 ):
     "The whole system on a synthetic archive, in minutes."
+    from rsir_nb.config import load_config
+    from rsir_nb.engine.stages import demo
     cfg = load_config('demo', overrides)
     if shown(cfg, dry_run): return
     return demo(cfg)

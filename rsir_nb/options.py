@@ -12,13 +12,13 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from omegaconf import DictConfig, OmegaConf
 
-from .config import list_configs, load_config, load_run_config, to_dict
 from .core import InputError, MissingFileError, unknown_name
+
+if TYPE_CHECKING: from omegaconf import DictConfig
 
 # %% ../nbs/90b_options.ipynb #3e3d61e0
 ConfigName   = Annotated[str, typer.Argument(help="A packaged config (`rsir list configs`) or a YAML file.")]
@@ -93,10 +93,11 @@ def _spread(command):
 
 # %% ../nbs/90b_options.ipynb #77be556a
 def shown(
-    cfg:DictConfig, # a config, or a part of it
+    cfg:"DictConfig", # a config, or a part of it
     dry_run:bool, # whether that is all
 ) -> bool: # `dry_run`: the verb ends here
     "Print `cfg` if nothing else is wanted."
+    from omegaconf import OmegaConf
     if dry_run: print(OmegaConf.to_yaml(cfg).rstrip())
     return dry_run
 
@@ -105,8 +106,9 @@ def run_config(
     run:str|Path, # a run's folder
     overrides:list[str], # 'key=value'
     *groups:str, # those that the verb uses
-) -> DictConfig: # checked
+) -> "DictConfig": # checked
     "The config that a run was made with, and `overrides` of the groups that the verb uses."
+    from rsir_nb.config import load_config, load_run_config
     for o in overrides:
         if o.split('=')[0].split('.')[0] not in groups:
             raise InputError(f"{o!r} does not concern this command",
@@ -117,11 +119,12 @@ def run_config(
 
 # %% ../nbs/90b_options.ipynb #a33d00be
 def changes_of(
-    cfg:DictConfig, # of `run_config`
+    cfg:"DictConfig", # of `run_config`
     overrides:list[str], # 'key=value'
     group:str, # whose
 ) -> dict: # key -> value; empty where nothing was changed
     "A changed group as arguments."
+    from rsir_nb.config import to_dict
     changed = any(o.split('=')[0].split('.')[0] == group for o in overrides)
     return to_dict(cfg[group]) if changed else {}
 
@@ -130,6 +133,7 @@ def is_run(
     config:str, # what the user named
 ) -> bool: # False for a config
     "Whether `config` is a trained run; raises an error if it can be neither that nor a config."
+    from rsir_nb.config import list_configs
     path = Path(config)
     if (path/'finished.json').is_file(): return True
     if (path/'config.yaml').is_file(): raise InputError(f"{config} is a run that is not trained to its end",

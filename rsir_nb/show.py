@@ -10,21 +10,16 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from .charts import html_figure, new_axes, new_figure, show_bars, show_curve, tell
+from .charts import new_axes, new_figure, show_curve, tell
 from .core import InputError, lazy_import, unknown_name
-from .html import (THEMES, Card, as_cards, html_gallery, html_img, html_page, html_table, summary,
-                          to_png)
+from .html import (THEMES, Card, as_cards, html_gallery, summary)
 from .sensors import BANDS, Sensor, get_sensor
 
 # %% auto #0
-__all__ = ['STRETCHES', 'Stretch', 'stretch_of', 'to_rgb', 'show_patch', 'show_grid', 'show_ranking', 'Card', 'html_figure',
-           'html_gallery', 'html_img', 'html_page', 'html_table', 'show_bars', 'show_curve', 'to_png']
+__all__ = ['STRETCHES', 'Stretch', 'stretch_of', 'to_rgb', 'show_patch', 'show_grid', 'show_ranking']
 
 # %% ../nbs/03_show.ipynb #ef1fa16e
 plt = lazy_import('matplotlib.pyplot')
-
-# %% ../nbs/03_show.ipynb #f8a58371
-_all_ = [Card, html_figure, html_gallery, html_img, html_page, html_table, show_bars, show_curve, to_png]
 
 # %% ../nbs/03_show.ipynb #d5bb5ff8
 @dataclass(frozen=True)

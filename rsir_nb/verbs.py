@@ -12,19 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from omegaconf import OmegaConf
 
-from .config import load_config, to_dict
 from .core import InputError
-from .data.store import PatchStore, write_store
-from .engine.bench import bench_configs, bench_methods
-from .engine.filters import filter_rows
-from .engine.imports import write_imported
-from .engine.published import adopt_weights, convert_weights
-from .engine.train import build_archive
-from .models.weights import load_published
 from .options import DryRun, Filters, Overrides, Overwrite, shown, verb
-from .retrieval.codes import CodeStore
 
 # %% ../nbs/90c_verbs.ipynb #b5aa02be
 data_app = typer.Typer(no_args_is_help=True, help="Convert, check and describe archives.")
@@ -40,6 +30,9 @@ def convert_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Write an archive into a patch store: one grid, compact, with checksums. Called again, it goes on."
+    from rsir_nb.config import load_config, to_dict
+    from rsir_nb.data.store import write_store
+    from rsir_nb.engine.train import build_archive
     cfg = load_config('base', [f'data={dataset}', *overrides, f'out={out}'])
     if shown(cfg.data, dry_run): return
     size = size if size is not None else to_dict(cfg.data).get('img_size') or 120
@@ -53,6 +46,7 @@ def info_command(
     store:Annotated[Path, typer.Argument(help="A patch store.")], # what to describe
 ):
     "Describe a patch store."
+    from rsir_nb.data.store import PatchStore
     archive = PatchStore(store)
     print(archive._repr_markdown_())
     return archive
@@ -63,6 +57,7 @@ def verify_command(
     store:Annotated[Path, typer.Argument(help="A patch store.")], # what to check
 ):
     "Read every record of a patch store and compare its checksum."
+    from rsir_nb.data.store import PatchStore
     bad = PatchStore(store).verify()
     if bad: raise InputError(f"{store}: {len(bad)} patches are damaged", found=', '.join(bad[:5]),
                              remedy="convert the archive again with --overwrite")
@@ -77,6 +72,9 @@ def table_command(
     csv:Annotated[Path, typer.Option(help="Write all of them as CSV.")]=None, # to here
 ):
     "List patches: ids, splits, labels, dates."
+    from rsir_nb.data.store import PatchStore
+    from rsir_nb.engine.filters import filter_rows
+    from rsir_nb.retrieval.codes import CodeStore
     codes = next((path/o for o in ('search/codes', 'codes') if (path/o).is_dir()), None)
     table = CodeStore.open(codes).table if codes else PatchStore(path).table
     rows, places = filter_rows(table, **filters), ['geometry', 'native_geometry']
@@ -100,6 +98,7 @@ def weights_info_command(
     num_heads:NumHeads=None, # where they do not follow from the width
 ):
     "Say what a checkpoint holds, or what is wrong with it."
+    from rsir_nb.models.weights import load_published
     found = load_published(path, num_heads=num_heads)
     print(*found.report, sep='\n')
     return found
@@ -112,6 +111,7 @@ def weights_convert_command(
     num_heads:NumHeads=None, # where they do not follow from the width
 ):
     "Write a checkpoint as safetensors, if it is complete."
+    from rsir_nb.engine.published import convert_weights
     print(*convert_weights(path, out, num_heads), sep='\n')
     print(f"{out}: written")
 
@@ -124,6 +124,8 @@ def weights_adopt_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Make a run of a checkpoint, to be hashed, indexed, searched and evaluated."
+    from rsir_nb.config import load_config
+    from rsir_nb.engine.published import adopt_weights
     for o in overrides:
         if o.split('=')[0].split('.')[0] == 'method': raise InputError(f"{o!r} cannot be chosen",
             remedy="the method and its sizes are those of the checkpoint; leave it out")
@@ -146,6 +148,7 @@ def config_import_command(
     out:Annotated[Path, typer.Argument(help="The file to write.")], # ours
 ):
     "Translate a published config, and say what was changed."
+    from rsir_nb.engine.imports import write_imported
     print(*write_imported(path, out), f"{out}: written", sep='\n')
     return out
 
@@ -163,6 +166,8 @@ def bench_methods_command(
     dry_run:DryRun=False, # only show the configs
 ):
     "Train, hash and score several methods on one archive; the table is printed and written."
+    from omegaconf import OmegaConf
+    from rsir_nb.engine.bench import bench_configs, bench_methods
     configs, changes = [o for o in words if '=' not in o], [o for o in words if '=' in o]
     if not all(o.isdigit() for o in bits.split(',')):
         raise InputError("these are no lengths of codes", found=bits, wanted="numbers, e.g. 32,64,128")

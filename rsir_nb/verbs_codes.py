@@ -11,16 +11,14 @@ __all__ = ['codes_app', 'CodesPlace', 'CodesFile', 'load_array', 'codes_create_c
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import pandas as pd
 import typer
 
 from .core import InputError, MissingFileError, atomic_path
-from .remote.engines import open_index
-from .retrieval.hamming import HammingIndex
-from .live.index import LiveIndex
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/90d_verbs_codes.ipynb #a4ef0a34
 def load_array(
@@ -45,6 +43,7 @@ def _is_address(where): return not Path(where).exists() and re.match(r'[A-Za-z][
 
 def _opened(where):
     "The index for reading."
+    from rsir_nb.remote.engines import open_index
     if _is_address(where) or Path(where).exists(): return open_index(where)
     raise MissingFileError(f"{where} is not there", wanted="a folder or file of codes, or an address",
                            remedy=f"rsir codes create {where} --bits 128")
@@ -52,6 +51,7 @@ def _opened(where):
 @contextmanager
 def _writing(where):
     "The index for writing, until the end of the block."
+    from rsir_nb.live.index import LiveIndex
     if Path(where).is_file(): raise InputError(f"{_told(where)} is a file, which is not changed",
         remedy=f"rsir codes create FOLDER --begin {where} makes a folder of it, which can be")
     if Path(where).is_dir():
@@ -70,6 +70,8 @@ def codes_create_command(
     begin:Annotated[Path, typer.Option(help="Begin with the codes of a file NAME.index.")]=None, # first codes
 ):
     "Make an index in a new folder, or a table in a database."
+    from rsir_nb.live.index import LiveIndex
+    from rsir_nb.remote.engines import open_index
     if _is_address(where):
         if begin: raise InputError("a database begins empty", remedy="leave --begin out, and add its codes")
         index = open_index(where, n_bits=bits or 128)
@@ -127,6 +129,7 @@ def codes_info_command(
     where:CodesPlace, # what to describe
 ):
     "Say how many codes there are, of which length, and how they are kept."
+    import pandas as pd
     index = _opened(where)
     told = index.info() if hasattr(index, 'info') else dict(items=len(index), n_bits=index.n_bits)
     for key, value in told.items():
@@ -139,6 +142,7 @@ def codes_verify_command(
     where:CodesPlace, # what to check
 ):
     "Compare every checksum; tells which file is damaged."
+    from rsir_nb.retrieval.hamming import HammingIndex
     if Path(where).is_file(): index = HammingIndex.load(where, verify=True)
     else:
         index = _opened(where)
@@ -173,8 +177,9 @@ def codes_search_command(
 # %% ../nbs/90d_verbs_codes.ipynb #1fa5f412
 def hits_table(
     found:dict, # arrays `dists` and `ids`, (Q,k), or also `lims`, (Q+1,), of `range_search`
-) -> pd.DataFrame: # query, rank, id, distance; one row a hit
+) -> 'pd.DataFrame': # query, rank, id, distance; one row a hit
     "Hits of many queries as a table."
+    import pandas as pd
     dists, ids = found['dists'], found['ids']
     lims = found.get('lims', np.arange(len(dists) + 1)*(dists.shape[1] if dists.ndim == 2 else 0))
     n = np.diff(lims)

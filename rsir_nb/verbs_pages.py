@@ -11,11 +11,6 @@ from typing import Annotated
 
 import typer
 
-from .config import load_run_config
-from .engine.retriever import open_search
-from .engine.train import build_archive
-from .engine.why import explain
-from .gallery.atlas import atlas
 from .options import FileReading, RunFolder, SourceSensor, TargetSensor, verb
 
 # %% ../nbs/90e_verbs_pages.ipynb #ec6313e1
@@ -32,6 +27,10 @@ def explain_command(
     html:Annotated[Path, typer.Option(help="The page; RUN/explain.html by default.")]=None, # where to
 ):
     "Say why two patches match: parts of the pictures, bits of the codes."
+    from rsir_nb.config import load_run_config
+    from rsir_nb.engine.retriever import open_search
+    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.why import explain
     search = open_search(run, build_archive(load_run_config(run).data))
     why, path = explain(search, query, hit, source, target, file), html or Path(run)/'explain.html'
     why.to_html(path)
@@ -48,6 +47,7 @@ def atlas_command(
     seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0, # of the draws
 ):
     "Write a page about a run's archive: labels, map, distances, scores, bits, duplicates."
+    from rsir_nb.gallery.atlas import atlas
     path = atlas(run, out, how=how, radius=radius, seed=seed)
     print(path)
     return path

@@ -13,7 +13,7 @@ from test_weights import Command
 
 from rsir_nb.config import load_config
 from rsir_nb.core import (METHODS, CorruptError, InputError, RsirError, UnknownNameError, UnsafeFileError,
-                          declare_torchvision_ops, fill_registries)
+                          declare_torchvision_ops)
 from rsir_nb.data.base import TensorArchive, Vocab
 from rsir_nb.data.module import ArchiveData
 from rsir_nb.simulate.synthetic import SyntheticArchive
@@ -227,7 +227,7 @@ def test_save_and_load(trained, tmp_path):
 # ---- configs
 
 def settings(name, monkeypatch):
-    fill_registries()
+    import_pages()
     monkeypatch.setenv("RSIR_DATA", "archives")
     return load_config(name)
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from rsir_nb import config
 from rsir_nb.config import (GROUPS, config_table, group_arguments, group_kwargs, list_configs, load_config,
                             load_run_config, register_schema, save_config, to_dict)
-from rsir_nb.core import DATASETS, METHODS, InputError, MissingFileError, UnknownNameError, fill_registries
+from rsir_nb.core import DATASETS, METHODS, InputError, MissingFileError, UnknownNameError
 
 
 def toy_archive(path: str, n: int = 8, betas: tuple = (1, 2), scale: float = 1.0, split: str | None = None):
@@ -33,7 +33,7 @@ def toy_optim(lr=1e-4, weight_decay=0.05, betas=(1, 2), warmup_epochs=10, epochs
 
 
 @pytest.fixture(scope="module")
-def everything(): fill_registries()
+def everything(): import_pages()
 
 
 @pytest.fixture

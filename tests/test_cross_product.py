@@ -12,14 +12,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from rsir_nb.config import load_config, to_dict
-from rsir_nb.core import DATASETS, METHODS, InputError, fill_registries
+from rsir_nb.core import DATASETS, METHODS, InputError
 from rsir_nb.data.layouts import write_v1_lmdb, write_v1_tiff, write_v2_lmdb, write_v2_tiff
 from rsir_nb.data.store import write_store
 from rsir_nb.simulate.synthetic import SyntheticArchive, write_scene
 from rsir_nb.data.vessels import write_vessels
 from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
 
-fill_registries()
+import_pages()
 SIDE = 120
 PAIRS = dict(n_places=3, patches_per_place=2)
 

@@ -6,7 +6,7 @@ from engine_run import tiny_config
 from torch.nn import functional as F
 
 from rsir_nb.cli import main
-from rsir_nb.core import METHODS, InputError, fill_registries
+from rsir_nb.core import METHODS, InputError
 from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.bits import bit_labels, bit_values, shared_bits
 from rsir_nb.engine.explain import match_tokens, mutual_pairs, show_match
@@ -27,7 +27,7 @@ METHODS_OF = dict(mean=("csmae", CSMAE), normed=("csmae", dict(CSMAE, embed_norm
 
 @pytest.fixture(scope="module")
 def archive():
-    fill_registries()
+    import_pages()
     return SyntheticArchive(n_places=8, patches_per_place=4, seed=4)
 
 

@@ -6,7 +6,7 @@ import rasterio
 import torch
 from rasterio.transform import from_origin
 
-from rsir_nb.core import METHODS, fill_registries
+from rsir_nb.core import METHODS
 from rsir_nb.data.base import TensorArchive
 from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode
@@ -19,7 +19,7 @@ from rsir_nb.sensors import get_sensor
 
 
 def make(archive, path):
-    fill_registries()
+    import_pages()
     if len(archive) == 1:
         torch.manual_seed(0)
         method = METHODS.create("csmae", sensors=archive.sensors, img_size=60, patch_size=15, embed_dim=32, num_heads=2,

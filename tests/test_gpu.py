@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from engine_run import tiny_config
-from rsir_nb.core import METHODS, fill_registries
+from rsir_nb.core import METHODS
 from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode, encode_run
 from rsir_nb.engine.evaluate import evaluate
@@ -22,7 +22,7 @@ SMALL = dict(patch_size=15, embed_dim=64, num_heads=4, specific_depth=1, shared_
 
 @pytest.fixture(scope="module")
 def archive():
-    fill_registries()
+    import_pages()
     return SyntheticArchive(n_places=12, patches_per_place=8, seed=1)
 
 
