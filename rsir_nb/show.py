@@ -10,9 +10,9 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from .charts import new_axes, new_figure, show_curve, tell
+from .charts import new_axes, new_figure, tell
 from .core import InputError, lazy_import, unknown_name
-from .html import (THEMES, Card, as_cards, html_gallery, summary)
+from .html import THEMES, Card, as_cards, summary
 from .sensors import BANDS, Sensor, get_sensor
 
 # %% auto #0

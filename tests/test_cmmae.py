@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_weights import Command
 
+from rsir_nb.all import import_pages
 from rsir_nb.config import load_config
 from rsir_nb.core import (METHODS, CorruptError, InputError, RsirError, UnknownNameError, UnsafeFileError,
                           declare_torchvision_ops)

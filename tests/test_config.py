@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import OmegaConf
 
+from rsir_nb.all import import_pages
 from rsir_nb import config
 from rsir_nb.config import (GROUPS, config_table, group_arguments, group_kwargs, list_configs, load_config,
                             load_run_config, register_schema, save_config, to_dict)

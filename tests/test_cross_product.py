@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from rsir_nb.all import import_pages
 from rsir_nb.config import load_config, to_dict
 from rsir_nb.core import DATASETS, METHODS, InputError
 from rsir_nb.data.layouts import write_v1_lmdb, write_v1_tiff, write_v2_lmdb, write_v2_tiff

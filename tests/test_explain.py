@@ -5,6 +5,7 @@ import torch
 from engine_run import tiny_config
 from torch.nn import functional as F
 
+from rsir_nb.all import import_pages
 from rsir_nb.cli import main
 from rsir_nb.core import METHODS, InputError
 from rsir_nb.simulate.synthetic import SyntheticArchive

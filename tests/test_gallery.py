@@ -6,6 +6,7 @@ import rasterio
 import torch
 from rasterio.transform import from_origin
 
+from rsir_nb.all import import_pages
 from rsir_nb.core import METHODS
 from rsir_nb.data.base import TensorArchive
 from rsir_nb.simulate.synthetic import SyntheticArchive

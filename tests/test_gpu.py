@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from engine_run import tiny_config
+from rsir_nb.all import import_pages
 from rsir_nb.core import METHODS
 from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode, encode_run
