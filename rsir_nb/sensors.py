@@ -5,16 +5,16 @@
 # %% ../nbs/02_sensors.ipynb #fb24e984
 from __future__ import annotations
 from dataclasses import asdict, dataclass
-from typing import Iterable, Mapping
+from typing import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .core import InputError, lazy_import, unknown_name
+from .core import InputError, check_arguments, lazy_import, unknown_name
 
 # %% auto #0
 __all__ = ['UNITS', 'BANDS', 'SENSORS', 'BAND_ORDERS', 'CHANNEL_PRESETS', 'NormTable', 'NORM_TABLES', 'Band', 'band_table',
-           'get_band', 'Sensor', 'get_sensor', 'register_sensor', 'stacked_bands', 'band_permutation', 'reorder_bands',
-           'norm_stats']
+           'get_band', 'Sensor', 'get_sensor', 'sensor_map', 'register_sensor', 'stacked_bands', 'band_permutation',
+           'reorder_bands', 'norm_stats']
 
 # %% ../nbs/02_sensors.ipynb #3996ad8d
 pd = lazy_import('pandas')
@@ -119,8 +119,18 @@ class Sensor:
 
     @classmethod
     def from_dict(cls, d:Mapping) -> 'Sensor':
-        "What `to_dict` wrote, as a sensor again."
-        return cls(**d)
+        "The sensor that `to_dict` wrote, or that a config describes; the default unit is that of its bands."
+        check_arguments(cls, d, 'a sensor')
+        bands = d.get('bands')
+        if not isinstance(bands, (list, tuple)) or not all(isinstance(band, str) for band in bands):
+            raise InputError("a sensor has no list of bands", found=dict(d),
+                             wanted="e.g. {bands: [amplitude], unit: byte}")
+        units = {BANDS[band].unit for band in bands if band in BANDS}
+        known = dict(unit=units.pop()) if len(units) == 1 and set(bands) <= set(BANDS) else {}
+        if 'unit' not in {**known, **d}:
+            raise InputError(f"the unit of the sensor with the bands {', '.join(bands)} is not known",
+                             wanted=f"unit: {' or '.join(UNITS)}, or a unit of your own")
+        return cls(**{'name': '_'.join(bands), **known, **d})
 
 # %% ../nbs/02_sensors.ipynb #5eb110e6
 def _repr_markdown_(self):
@@ -158,6 +168,17 @@ def get_sensor(
     if isinstance(sensor, Mapping): return Sensor.from_dict(sensor)
     if sensor not in SENSORS: raise unknown_name('sensor', sensor, SENSORS)
     return SENSORS[sensor]
+
+def sensor_map(
+    sensors:'str|Sequence|Mapping', # a sensor, several, or modality -> sensor; each as of `get_sensor`
+) -> dict[str, Sensor]: # modality -> sensor; a sensor's own name where no modality is given
+    "The sensors of an archive by modality."
+    if isinstance(sensors, (str, Sensor)): sensors = [sensors]
+    if not isinstance(sensors, Mapping):
+        found = [get_sensor(sensor) for sensor in sensors]
+        return {sensor.name: sensor for sensor in found}
+    named = {m: {'name': m, **o} if isinstance(o, Mapping) else o for m, o in sensors.items()}
+    return {m: get_sensor(sensor) for m, sensor in named.items()}
 
 # %% ../nbs/02_sensors.ipynb #1b9b64b4
 def register_sensor(

@@ -18,7 +18,8 @@ from shapely.geometry import shape
 from torch.utils.data import DataLoader
 
 from rsir_nb.core import DATASETS, CorruptError, InputError, MissingFileError, UnknownNameError
-from rsir_nb.data.rasters import (RasterInfo, date_in_name, fill_nodata, find_files, footprints, nodata_mask,
+from rsir_nb.data.files import date_in_name, find_files
+from rsir_nb.data.rasters import (RasterInfo, fill_nodata, footprints, nodata_mask,
                                   raster_info, read_raster, to_unit, wkb_quads)
 from rsir_nb.data.scenes import SceneArchive, read_patch_file, window_grid
 from rsir_nb.geo import wkb_polygon

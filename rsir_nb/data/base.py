@@ -163,6 +163,14 @@ def has(self:Archive,
     if 'modalities' not in self.table: return np.ones(len(self), bool)
     return np.array([o is None or set(modalities).issubset(o) for o in self.table['modalities']], dtype=bool)
 
+# %% ../../nbs/10_data.base.ipynb #35739f57
+@patch
+def coverage(self:Archive) -> str: # e.g. 's1 2, s2 6, all of them 2 of 6 patches'
+    "The number of patches that each sensor has seen, in words."
+    counts = [f"{m} {int(self.has(m).sum()):,}" for m in self.sensors]
+    if len(counts) > 1: counts.append(f"all of them {int(self.has(*self.sensors).sum()):,}")
+    return f"{', '.join(counts)} of {len(self):,} patches"
+
 # %% ../../nbs/10_data.base.ipynb #bb9ceb13
 @patch
 def _repr_markdown_(self:Archive):

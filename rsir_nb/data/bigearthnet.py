@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from ..core import DATASETS, InputError, MissingFileError, content_hash
 from .base import Archive, Vocab, assign_splits, read_split_csvs
 from .checks import check_patch, to_grid
+from .files import SkipList
 from .labels import BEN19, CLASS_43_TO_19, get_vocab, label_name, to_19_labels
 from .lmdb import LmdbReader
-from .rasters import SkipList
 from .records import load_v1_record, load_v2_record
 from .tiles import parse_names, patch_places, season_of
 from ..geo import read_geoparquet, write_geoparquet
-from ..sensors import Sensor, get_sensor
+from ..sensors import Sensor, get_sensor, sensor_map
 
 # %% ../../nbs/14_data.bigearthnet.ipynb #58b16823
 def stack_bands(
@@ -47,9 +47,7 @@ _S1, _S2 = get_sensor('s1').bands, get_sensor('s2_12').bands
 
 def _sensor_map(sensors):
     "modality -> sensor, of bands that BigEarthNet has."
-    if isinstance(sensors, str): sensors = [sensors]
-    if not isinstance(sensors, Mapping): sensors = {get_sensor(o).name: o for o in sensors}
-    out = {k: get_sensor(o) for k, o in sensors.items()}
+    out = sensor_map(sensors)
     for o in out.values():
         odd = [b for b in o.bands if b not in (*_S1, *_S2)]
         if odd: raise InputError(f"BigEarthNet has not all the bands of {o.name}", found=', '.join(odd),
@@ -129,6 +127,14 @@ def _plain(table):
     text = table.columns[[o.kind not in 'biufM' for o in table.dtypes]]
     return table.assign(**{o: _first(table[o]) for o in text}).reset_index(drop=True)
 
+def _with_modalities(table, sensors, homes):
+    "The table with a column `modalities`, where a patch lacks a sensor."
+    has = {o: np.array([key is not None for key in keys], dtype=bool) for o, keys in homes.items()}
+    there = {m: np.logical_or(*[has[o] & bool(set(bands) & set(sensor.bands))
+                                for o, bands in (('s1', _S1), ('s2', _S2))]) for m, sensor in sensors.items()}
+    if all(o.all() for o in there.values()): return table
+    return table.assign(modalities=[[m for m in there if there[m][i]] for i in range(len(table))])
+
 # %% ../../nbs/14_data.bigearthnet.ipynb #2e049226
 def _v1_list(table, files, skips):
     "The table with the partner, country and season of the published list."
@@ -189,6 +195,7 @@ def _split(table, folder, skips):
 # %% ../../nbs/14_data.bigearthnet.ipynb #34d01ffd
 class BigEarthNet(Archive):
     "What all forms of BigEarthNet have in common."
+    by_sensor = False # whether each sensor has a record of its own, so that it is known who is missing
     def __init__(self,
         sensors:Sequence[str]|Mapping[str, str|Sensor]=('s1', 's2'), # by name, or modality -> sensor
         vocab:int|str|Vocab=19, # 19 or 43, with '_original' for the authors' order, see `get_vocab`
@@ -198,7 +205,7 @@ class BigEarthNet(Archive):
         split_dir:str|Path|None=None, # folder with train.csv, val.csv, test.csv, also compressed
         metadata:str|Path|Sequence[str|Path]|None=None, # list of pairs: CSV (version 1), Parquet (version 2)
         index:str|Path|None=None, # GeoParquet file that keeps the table for the next time
-        on_error:Literal['raise', 'skip']='raise', # 'skip' leaves bad patches out, listed in `skipped`
+        on_error:Literal['raise', 'skip', 'skip_any']='raise', # what to do about bad patches, see `SkipList`
     ):
         skips, vocab = SkipList(on_error), get_vocab(vocab)
         sensors = _sensor_map(sensors)
@@ -208,11 +215,12 @@ class BigEarthNet(Archive):
         known = lists + ([] if split_dir is None else _split_files(split_dir))
         make = lambda keys: self._made(keys, lists, split_dir, skips)
         table = _plain(_indexed(index, keys, known, make, skips))
-        if table.empty: raise InputError(f"{self.path} holds no patch that can be used",
-                                         found=skips.rows[0]['reason'] if skips.rows else None)
         table = _labelled(table, vocab, skips).assign(source=self.path)
-        if split_dir is not None: table = _split(table, split_dir, skips)
+        bad = sum(not Path(row['source']).suffix for row in skips.rows)    # patches, not lists of patches
+        if split_dir is not None and len(table): table = _split(table, split_dir, skips)
+        skips.settle(self.path, len(table), len(table) + bad, 'patches')
         self.homes = {o: table.pop(f'{o}_key').tolist() for o in ('s1', 's2')}
+        if self.by_sensor: table = _with_modalities(table, sensors, self.homes)
         self.skipped = skips.table
         super().__init__(table, sensors, vocab)
 
@@ -267,7 +275,7 @@ class BenV1Lmdb(BigEarthNet):
 @DATASETS.register('ben_v2_lmdb', licence='CDLA-Permissive-1.0', paper='https://arxiv.org/abs/2407.03653')
 class BenV2Lmdb(BigEarthNet):
     "BigEarthNet v2 (reBEN) as LMDB, one safetensors record a sensor, as `rico-hdl` writes it."
-    version = 2
+    version, by_sensor = 2, True
     def __init__(self,
         path:str|Path, # LMDB folder
         **kwargs, # as of `BigEarthNet`

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, MissingFileError, read_json
 from .bigearthnet import BigEarthNet, sensor_rows
-from .rasters import SkipList, footprints, raster_info, read_raster
+from .files import SkipList
+from .rasters import footprints, raster_info, read_raster
 from ..sensors import get_sensor
 
 # %% ../../nbs/14a_data.bigearthnet_tiff.ipynb #ddd5d8ff
@@ -30,6 +31,7 @@ def _listing(folder, depth):
 
 class _Tiffs(BigEarthNet):
     "Patch folders of GeoTIFFs; `folders` says where those of s1 and s2 are, `depth` how deep."
+    by_sensor = True
     def keys(self): return [f'{s}/{o}' for s, p in self.folders.items() for o in _listing(p, self.depth)]
 
     def bands(self, i):

@@ -6,6 +6,7 @@
 __all__ = ['ClassFolders', 'PairedFolders']
 
 # %% ../../nbs/17_data.folders.ipynb #c89e83a0
+import logging
 from pathlib import Path
 from typing import Literal, Mapping, Sequence
 
@@ -14,49 +15,40 @@ import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import DATASETS, InputError
+from ..core import DATASETS, InputError, unknown_name
 from .base import Archive, Vocab
-from .images import ImageFiles
-from .rasters import SkipList, date_in_name, find_files, footprints
-from ..sensors import Sensor, get_sensor
+from .files import SkipList, date_in_name, find_files
+from .images import ImageFiles, keep_usable
+from .rasters import footprints
+from ..sensors import Sensor, sensor_map
 
 # %% ../../nbs/17_data.folders.ipynb #1d5f4724
 _IMAGES = '.jpg', '.jpeg', '.png', '.tif', '.tiff'
 
 # %% ../../nbs/17_data.folders.ipynb #e8259a01
-def _same_size(infos, img_size, skips):
-    "The files of the most frequent size; all of them if they are resampled."
-    if img_size is not None or not infos: return infos
-    sizes = {k: (o.height, o.width) for k, o in infos.items()}
-    common = pd.Series(list(sizes.values())).mode()[0]
-    good = {}
-    for k, size in sizes.items():
-        with skips.guard(infos[k].path):
-            if size != common: raise InputError(f"{infos[k].path} has another size than most",
-                                                "{}x{} pixels".format(*size), "{}x{}".format(*common),
-                                                "pass img_size= to resample all")
-            good[k] = infos[k]
-    return good
+log = logging.getLogger(__name__)
 
-def _places(infos):
-    "crs and geometry of the files that have them."
-    out = pd.DataFrame(dict(crs=[o.crs for o in infos], geometry=None), dtype=object)
+def _places(infos, files):
+    "crs and geometry of the files that have them; `files` says which part of each is used."
+    out = pd.DataFrame(dict(crs=[info.crs for info in infos], geometry=None), dtype=object)
     for crs, part in out.dropna(subset='crs').groupby('crs'):
-        polygons = footprints(np.stack([infos[i].corners() for i in part.index]), crs)
-        out.loc[part.index, 'geometry'] = pd.Series(polygons, part.index, dtype=object)
+        corners = np.stack([infos[i].corners(*files.part(infos[i])) for i in part.index])
+        out.loc[part.index, 'geometry'] = pd.Series(footprints(corners, crs), part.index, dtype=object)
     return out
 
-def _must_be_some(infos, root, skips):
-    if infos: return
-    why = skips.rows[0]['reason'] if skips.rows else "no image in the wanted folders"
-    raise InputError(f"{root} has no image that can be used", found=why)
-
-def _table_of(infos, root, sensor):
+def _table_of(infos, root, files):
     "The table of images in class folders."
     table = pd.DataFrame(dict(id=[p.relative_to(root).with_suffix('').as_posix() for p in infos],
                               labels=[[p.parent.name] for p in infos], source=list(map(str, infos)),
-                              date=[date_in_name(p.stem) for p in infos], sensor=sensor.name))
-    return table.join(_places(list(infos.values())))
+                              date=[date_in_name(p.stem) for p in infos], sensor=files.sensor.name))
+    return table.join(_places(list(infos.values()), files))
+
+def _classes_of(paths, infos):
+    "The names of the folders; a warning where all the images of one are left out."
+    names = sorted({path.parent.name for path in infos})
+    lost = sorted({path.parent.name for path in paths} - set(names))
+    if lost: log.warning("no image of %s can be used", ', '.join(lost))
+    return names
 
 # %% ../../nbs/17_data.folders.ipynb #eb6517b0
 @DATASETS.register('class_folders')
@@ -64,52 +56,84 @@ class ClassFolders(Archive):
     "Images in a folder a class, as EuroSAT and UC Merced have them."
     def __init__(self,
         root:str|Path, # folder with a folder a class
-        sensor:str|Sensor='rgb', # bands wanted
+        sensor:str|Sensor|Mapping='rgb', # bands wanted: a sensor's name, or {name:, bands:, unit:}
         modality:str|None=None, # key of the arrays in a sample; the sensor's name by default
         classes:Sequence[str]|None=None, # which folders, in the order of the labels; all by default
         bands:str|Sequence[str]|None=None, # names of the files' bands: a list, or an order such as 'eurosat'
-        scale:float|str|None=None, # to the unit: factor, 'linear', 'amplitude' or 'fraction', see `to_unit`
+        scale:float|str|None=None, # to the unit: factor, 'linear', '16-bit', ..., see `to_unit`
         offset:float|None=None, # to the unit: added after it
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
+        fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
         check:bool=False, # read every image once in the beginning
-        on_error:Literal['raise', 'skip']='skip', # 'skip' leaves bad images out, listed in `skipped`
+        on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad images, see `SkipList`
     ):
-        self.files, skips = ImageFiles(sensor, bands, scale, offset, img_size), SkipList(on_error)
+        self.files, skips = ImageFiles(sensor, bands, scale, offset, img_size, fit), SkipList(on_error)
         paths = [p for p in find_files(root, _IMAGES) if classes is None or p.parent.name in classes]
         infos = {}
         for path in tqdm(paths, desc='images', disable=len(paths) < 10_000):
             with skips.guard(path):
-                if path.parent == Path(root): raise InputError(f"{path} lies in no class folder")
+                if path.parent == Path(root): raise InputError(f"{path} is in no class folder")
                 infos[path] = self.files.look(path, check)
-        infos = _same_size(infos, img_size, skips)
-        _must_be_some(infos, root, skips)
+        infos = keep_usable(infos, self.files, skips, str(root), len(paths))
         self.modality, self.skipped = modality or self.files.sensor.name, skips.table
-        self.reading = {self.modality: self.files.reading}
-        super().__init__(_table_of(infos, root, self.files.sensor), {self.modality: self.files.sensor},
-                         Vocab(classes or sorted({p.parent.name for p in infos})))
+        self.reading, names = {self.modality: self.files.reading}, _classes_of(paths, infos)
+        super().__init__(_table_of(infos, root, self.files), {self.modality: self.files.sensor},
+                         Vocab(classes or names))
 
     def read(self, i:int) -> dict[str, Tensor]:
         return {self.modality: self.files.read(self.table['source'].array[i])}
 
 # %% ../../nbs/17_data.folders.ipynb #4b74dad9
 def _must_meet(name, infos):
-    "Raise if two georeferenced files lie apart."
-    known = [o for o in infos if o.crs is not None]
+    "Raise if two georeferenced files show different places."
+    known = [info for info in infos if info.crs is not None]
     for a, b in zip(known, known[1:], strict=False):
         p, q = a.corners(), b.corners()
         if a.crs == b.crs and ((p.max(0) <= q.min(0)) | (q.max(0) <= p.min(0))).any():
             raise InputError(f"the files called {name} do not show the same place",
                              found=f"{a.path} and {b.path}", wanted="overlapping footprints")
 
+def _names(found, only_complete):
+    "The file names of all sensors; with `only_complete` those that every sensor has."
+    every = [set(infos) for infos in found.values()]
+    if not only_complete: return sorted(set.union(*every))
+    names = set.intersection(*every)
+    if names: return sorted(names)
+    raise InputError("no file name is in all the folders", wanted="the same name for the same place",
+                     found='; '.join(f"{m}: {', '.join(sorted(o)[:2])}, ..." for m, o in found.items()))
+
 def _pairs(found, only_complete, skips):
     "file name -> modality -> what the file says, from modality -> file name -> the same."
-    out = {}
-    for stem in sorted({o for infos in found.values() for o in infos}):
-        with skips.guard(stem):
-            have = {m: infos[stem] for m, infos in found.items() if stem in infos}
-            _must_meet(stem, list(have.values()))
-            if len(have) == len(found) or not only_complete: out[stem] = have
+    out, names = {}, _names(found, only_complete)
+    for name in names:
+        with skips.guard(name):
+            have = {m: infos[name] for m, infos in found.items() if name in infos}
+            _must_meet(name, list(have.values()))
+            out[name] = have
+    for m, infos in found.items():
+        left = sum(m in have for have in out.values())
+        skips.settle(f"the sensor {m}", left, len(set(names).intersection(infos)))
     return out
+
+# %% ../../nbs/17_data.folders.ipynb #3d1aa794
+def _by_modality(sensors, **options):
+    "Look up options that are given by modality; a modality that is no sensor's raises."
+    for name, values in options.items():
+        if values is not None and not isinstance(values, Mapping):
+            raise InputError(f"the option {name!r} is not given by sensor", found=values,
+                             wanted=f"{name}: {{{next(iter(sensors))}: ...}}")
+        for m in values or ():
+            if m not in sensors: raise unknown_name(f"sensor in {name!r}", m, sensors)
+    return lambda m, name: (options[name] or {}).get(m)
+
+def _table_of_pairs(infos, files):
+    "The table of places; each has the coordinates of the first of its files that has any."
+    firsts = [max(have.items(), key=lambda item: item[1].crs is not None) for have in infos.values()]
+    table = pd.DataFrame(dict(id=list(infos), date=[date_in_name(name) for name in infos],
+                              source=[info.path for _, info in firsts]))
+    if any(len(have) < len(files) for have in infos.values()):
+        table['modalities'] = [list(have) for have in infos.values()]
+    return table.join(_places([info for _, info in firsts], next(iter(files.values()))))
 
 # %% ../../nbs/17_data.folders.ipynb #e41f7695
 @DATASETS.register('paired_folders')
@@ -117,36 +141,33 @@ class PairedFolders(Archive):
     "Images in a folder a sensor; the same file name makes a pair."
     def __init__(self,
         root:str|Path, # folder with a folder a modality
-        sensors:Sequence[str]|Mapping[str, str|Sensor]=('s1', 's2'), # by name, or modality -> sensor
+        sensors:Sequence[str]|Mapping[str, str|Sensor|Mapping]=('s1', 's2'), # names, or modality -> sensor
         folders:Mapping[str, str|Path]|None=None, # modality -> its folder, from `root`; so called by default
         bands:Mapping[str, str|Sequence[str]]|None=None, # modality -> names of its files' bands
         scale:Mapping[str, float|str]|None=None, # modality -> to the unit, see `to_unit`
         offset:Mapping[str, float]|None=None, # modality -> to the unit
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
+        fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
         only_complete:bool=False, # leave out what a sensor has not seen
         check:bool=False, # read every image once in the beginning
-        on_error:Literal['raise', 'skip']='skip', # 'skip' leaves bad images out, listed in `skipped`
+        on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad images, see `SkipList`
     ):
-        if not isinstance(sensors, Mapping): sensors = {get_sensor(o).name: o for o in sensors}
-        homes, of = {m: Path(root, (folders or {}).get(m, m)) for m in sensors}, lambda o, m: (o or {}).get(m)
-        self.files = {m: ImageFiles(o, of(bands, m), of(scale, m), of(offset, m), img_size)
-                      for m, o in sensors.items()}
-        skips = SkipList(on_error)
-        self.infos = _pairs({m: self._look(m, homes[m], check, skips) for m in homes}, only_complete, skips)
-        _must_be_some(self.infos, root, skips)
-        firsts = [max(o.values(), key=lambda info: info.crs is not None) for o in self.infos.values()]
-        table = pd.DataFrame(dict(id=list(self.infos), date=[date_in_name(o) for o in self.infos],
-                                  source=[o.path for o in firsts]))
-        self.skipped, self.reading = skips.table, {m: o.reading for m, o in self.files.items()}
-        super().__init__(table.join(_places(firsts)), {m: o.sensor for m, o in self.files.items()})
+        sensors, skips = sensor_map(sensors), SkipList(on_error)
+        of = _by_modality(sensors, folders=folders, bands=bands, scale=scale, offset=offset)
+        self.files = {m: ImageFiles(sensor, of(m, 'bands'), of(m, 'scale'), of(m, 'offset'), img_size, fit)
+                      for m, sensor in sensors.items()}
+        found = {m: self._look(m, Path(root, of(m, 'folders') or m), check, skips) for m in sensors}
+        self.infos = _pairs(found, only_complete, skips)
+        self.skipped, self.reading = skips.table, {m: files.reading for m, files in self.files.items()}
+        super().__init__(_table_of_pairs(self.infos, self.files), sensors)
 
     def _look(self, modality, home, check, skips):
-        files, infos = self.files[modality], {}
-        for path in find_files(home, _IMAGES):
+        files, infos, paths = self.files[modality], {}, find_files(home, _IMAGES)
+        for path in tqdm(paths, desc=modality, disable=len(paths) < 10_000):
             with skips.guard(path):
                 if path.stem in infos: raise InputError(f"{home} has the name {path.stem} twice", found=path)
                 infos[path.stem] = files.look(path, check)
-        return _same_size(infos, files.img_size, skips)
+        return keep_usable(infos, files, skips, f"the sensor {modality} ({home})", len(paths))
 
     def read(self, i:int) -> dict[str, Tensor]:
-        return {m: self.files[m].read(o.path) for m, o in self.infos[self.ids[i]].items()}
+        return {m: self.files[m].read(info.path) for m, info in self.infos[self.ids[i]].items()}

@@ -74,9 +74,10 @@ class ArchiveData(pl.LightningDataModule):
         self.train, self.val = self._whole(train), None if val is None else self._whole(val)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.augment = random_flips if augment is True else augment or None
-        if not len(self.train):
-            raise InputError("there is nothing to learn from", found=f"{len(train):,} patches",
-                             wanted=f"patches with {' and '.join(self.modalities)}")
+        for what, part, whole in ('learn from', self.train, train), ('validate with', self.val, val):
+            if part is not None and not len(part):
+                raise InputError(f"there is nothing to {what}", found=whole.coverage(),
+                                 wanted=f"patches with {' and '.join(self.modalities)}")
 
     def _whole(self, archive):
         mask = archive.has(*self.modalities)
@@ -98,13 +99,21 @@ class ArchiveData(pl.LightningDataModule):
 
 # %% ../../nbs/19_data.module.ipynb #6518b274
 class _Chosen(Dataset):
-    "An archive's samples with only some of their modalities."
+    "An archive's samples with only some of their modalities, each of which has to be there."
     def __init__(self, archive, modalities):
-        self.archive, self.keep = archive, {'id', 'labels', *modalities}
+        self.archive, self.modalities = archive, modalities
+        self.keep = {'id', 'labels', *modalities}
 
     def __len__(self): return len(self.archive)
 
-    def __getitem__(self, i): return {k: o for k, o in self.archive[i].items() if k in self.keep}
+    def __getitem__(self, i):
+        sample = self.archive[i]
+        lost = [m for m in self.modalities if m not in sample]
+        if lost:
+            found = ', '.join(m for m in self.archive.sensors if m in sample) or 'no sensor'
+            raise InputError(f"{sample['id']} lacks {' and '.join(lost)}, which the training needs",
+                             found=found, remedy="leave it out; a store knows the sensors of its patches")
+        return {k: x for k, x in sample.items() if k in self.keep}
 
 # %% ../../nbs/19_data.module.ipynb #1d9668e2
 @patch

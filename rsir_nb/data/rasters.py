@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['band_name', 'RasterInfo', 'raster_info', 'file_bands', 'choose_bands', 'read_raster', 'to_unit', 'scaling_of',
-           'reading_options', 'nodata_mask', 'fill_nodata', 'wkb_quads', 'footprints', 'date_in_name', 'find_files',
-           'SkipList']
+           'reading_options', 'nodata_mask', 'fill_nodata', 'read_bands', 'wkb_quads', 'footprints']
 
 # %% ../../nbs/10b_data.rasters.ipynb #eb886fcb
 import re
@@ -14,17 +13,16 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Literal, Sequence
+from typing import Sequence
 
 import numpy as np
-import pandas as pd
 import rasterio
 from PIL import Image
 from pyproj import CRS, Transformer
 from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.windows import Window
 
-from ..core import CorruptError, InputError, MissingFileError, RsirError, unknown_name
+from ..core import CorruptError, InputError, MissingFileError, unknown_name
 from ..sensors import BAND_ORDERS, BANDS, Sensor, get_sensor, stacked_bands
 
 # %% ../../nbs/10b_data.rasters.ipynb #054677fb
@@ -46,12 +44,22 @@ class RasterInfo:
     path:str # the file
     height:int # pixels
     width:int # pixels
-    bands:tuple[str|None, ...] # names in the file's order; None where it does not say
+    bands:tuple[str|None, ...] # names in the file's order; 'alpha' for a mask, None where it does not say
     dtype:str # of the pixels, e.g. 'uint16'
     crs:str|None # 'EPSG:32632' or WKT; None where the file does not say
     transform:tuple[float, ...] # affine: x of a column, x of a row, x of the corner, then the same of y
     nodata:float|None # the declared mark of missing pixels
     scaling:tuple[float, float] = (1., 0.) # declared scale and offset
+
+    @property
+    def alpha(self) -> int|None:
+        "The number of the band that is a mask, from 0."
+        return self.bands.index('alpha') if 'alpha' in self.bands else None
+
+    @property
+    def named(self) -> list[str]:
+        "The names of the image bands that have one."
+        return [name for name in self.bands if name not in (None, 'alpha')]
 
     def corners(self,
         row:int=0, # top row of a window
@@ -87,46 +95,98 @@ def _unreadable(path, why):
                         found="an empty file" if not size else f"{size:,} bytes, {why[:160].rstrip('.')}",
                         remedy="name another file, or fetch this one again")
 
+# %% ../../nbs/10b_data.rasters.ipynb #b95f0eea
+_COLOURS = {1: (None,), 2: (None, 'alpha'), 3: ('R', 'G', 'B'), 4: ('R', 'G', 'B', 'alpha')}
+
+def _band_names(ds):
+    "Names by description; where no band has one, of 8-bit colours by their role. Alpha bands without a name."
+    names, roles = [band_name(text) for text in ds.descriptions], [role.name for role in ds.colorinterp]
+    if not any(names) and ds.dtypes[0] == 'uint8':
+        names = [dict(red='R', green='G', blue='B').get(role) for role in roles]
+    return tuple(name or ('alpha' if role == 'alpha' else None)
+                 for name, role in zip(names, roles, strict=True))
+
+def _colours(ds):
+    "The colour table of an image with a palette, uint8 (3 or 4,N); None of other images."
+    if not any(role.name == 'palette' for role in ds.colorinterp): return None
+    if ds.count > 1: raise InputError(f"{ds.name} has a palette and further bands", found=f"{ds.count} bands",
+                                      wanted="one", remedy="expand it: gdal_translate -expand rgb")
+    found = {k: v for k, v in ds.colormap(1).items()}
+    table = np.zeros((4, max(found) + 1), np.uint8)
+    for k, colour in found.items(): table[:, k] = colour
+    if ds.nodata is not None and 0 <= ds.nodata < table.shape[1]: table[3, int(ds.nodata)] = 0
+    return table if (table[3] < 255).any() else table[:3]
+
+def _expand(index, table, path):
+    "Colours (3 or 4,H,W) of numbers in a palette (H,W)."
+    if index.max(initial=0) >= table.shape[1]:
+        raise CorruptError(f"{path} has pixels that its palette does not know", found=f"number {index.max()}",
+                           wanted=f"0..{table.shape[1] - 1}")
+    return table[:, index]
+
 # %% ../../nbs/10b_data.rasters.ipynb #9f723211
 def raster_info(
     path:str|Path, # image file
     alone:bool=False, # do not look for side files (.aux.xml, .tfw); quicker in a folder of many files
 ) -> RasterInfo: # what it says about itself
-    "Read the header of `path`; raises `MissingFileError` or `CorruptError`."
-    if str(path).lower().endswith(_PICTURES): return _picture_info(path)
+    "Read the header of `path`; raises `MissingFileError`, `CorruptError` or `InputError`."
+    if _is_picture(path): return _picture_info(path)
     with _opened(path, alone) as ds:
-        names = [band_name(o) for o in ds.descriptions]
-        if not any(names) and ds.dtypes[0] == 'uint8':
-            names = [dict(red='R', green='G', blue='B').get(o.name) for o in ds.colorinterp]
         crs = ds.crs and (f"EPSG:{ds.crs.to_epsg()}" if ds.crs.to_epsg() else ds.crs.to_wkt())
-        return RasterInfo(str(path), ds.height, ds.width, tuple(names), ds.dtypes[0], crs or None,
-                          tuple(ds.transform)[:6], ds.nodata, (ds.scales[0], ds.offsets[0]))
+        table, scaling = _colours(ds), (ds.scales[0], ds.offsets[0])
+        if table is not None: names, dtype, nodata = _COLOURS[len(table)], 'uint8', None
+        else: names, dtype, nodata = _band_names(ds), ds.dtypes[0], ds.nodata
+        return RasterInfo(str(path), ds.height, ds.width, names, dtype, crs or None, tuple(ds.transform)[:6],
+                          nodata, scaling)
 
 # %% ../../nbs/10b_data.rasters.ipynb #12c0bbcc
-def _picture(path):
-    "A JPEG or PNG as a Pillow image in RGB."
+def _is_picture(path): return str(path).lower().endswith(_PICTURES)
+
+@contextmanager
+def _picture_file(path):
+    "An open Pillow image."
     try:
-        with Image.open(path) as im: return im.convert('RGB') if im.mode != 'RGB' else im.copy()
+        with Image.open(path) as im: yield im
     except FileNotFoundError as e: raise MissingFileError(f"{path} is not there") from e
     except (OSError, SyntaxError, ValueError) as e: raise _unreadable(path, e) from e
 
+def _picture_kind(im, path):
+    "The number of bands of a JPEG or PNG, and their bits: 8, or 16 of a PNG."
+    if im.format == 'PNG':
+        with open(path, 'rb') as f: bits, colour = f.read(26)[24:]
+        if bits == 16: return {0: 1, 2: 3, 4: 2, 6: 4}[colour] + ('transparency' in im.info), 16
+    grey = im.mode in ('1', 'L', 'LA', 'La')
+    return (1 if grey else 3) + im.has_transparency_data, 8
+
 def _picture_info(path):
-    try:
-        with Image.open(path) as im: width, height = im.size
-    except (OSError, SyntaxError, ValueError) as e: raise _unreadable(path, e) from e
+    with _picture_file(path) as im: (width, height), (n, bits) = im.size, _picture_kind(im, path)
     pixels = 1., 0., 0., 0., 1., 0.
-    return RasterInfo(str(path), height, width, ('R', 'G', 'B'), 'uint8', None, pixels, None)
+    return RasterInfo(str(path), height, width, _COLOURS[n], f'uint{bits}', None, pixels, None)
+
+def _read_picture(path):
+    "All bands of a JPEG or PNG, (C,H,W); palettes expanded, transparency as alpha."
+    with _picture_file(path) as im:
+        n, bits = _picture_kind(im, path)
+        if bits == 8: return np.atleast_3d(im.convert(' L LA RGB RGBA'.split(' ')[n])).transpose(2, 0, 1)
+        im.load()                                                  # notices a file that was cut off
+        clear = im.info.get('transparency')
+    with _opened(path, alone=True) as ds: x = ds.read()
+    if clear is None: return x
+    seen = (x != np.reshape(clear, (-1, 1, 1))).any(0, keepdims=True)
+    return np.concatenate([x, seen.astype(x.dtype)*65535])
 
 # %% ../../nbs/10b_data.rasters.ipynb #b1450ddb
 def file_bands(
     info:RasterInfo, # of the file
     bands:str|Sequence[str]|None=None, # one name a band of the file, or a key of `BAND_ORDERS`
 ) -> tuple[str|None, ...]: # names in the file's order
-    "What the file's bands are called."
+    "The names of the file's bands."
     if bands is None: return info.bands
     if isinstance(bands, str):
         if bands not in BAND_ORDERS: raise unknown_name('band order', bands, BAND_ORDERS)
         bands = stacked_bands(bands)
+    if info.alpha is not None and len(bands) == len(info.bands) - 1:
+        return (*bands[:info.alpha], 'alpha', *bands[info.alpha:])
     if len(bands) != len(info.bands):
         raise InputError(f"the names do not fit {info.path}", found=f"{len(info.bands)} bands in the file",
                          wanted=f"{len(bands)} bands: {', '.join(bands)}",
@@ -138,16 +198,27 @@ def choose_bands(
     info:RasterInfo, # of the file
     sensor:str|Sensor, # whose bands are wanted
     bands:str|Sequence[str]|None=None, # names of the file's bands, as in `file_bands`
-) -> list[int]: # where each of the sensor's bands stands in the file, from 0
+) -> list[int]: # the channel of each of the sensor's bands in the file, from 0
     "The channels of `sensor` in a file; raises `InputError` where one is missing."
     have, sensor = file_bands(info, bands), get_sensor(sensor)
-    missing = [o for o in sensor.bands if o not in have]
-    if not missing: return [have.index(o) for o in sensor.bands]
-    named = ', '.join(o for o in have if o)
-    raise InputError(f"{info.path} has not all the bands of {sensor.name}",
-                     found=named or f"{len(have)} bands without names",
-                     wanted=', '.join(missing) if named else ', '.join(sensor.bands),
-                     remedy="name the file's bands with bands=[...], or choose a sensor of bands it has")
+    images = [i for i, name in enumerate(have) if name != 'alpha']
+    if sensor.in_chans == len(images) == 1 and have[images[0]] is None: return images
+    missing = [name for name in sensor.bands if name not in have]
+    if not missing: return [have.index(name) for name in sensor.bands]
+    named = any(have[i] for i in images)
+    remedy = "name the file's bands with bands=[...], or choose a sensor of bands it has"
+    if len(images) < len(have): remedy += "; alpha is a mask, unless bands=[...] gives that band a name"
+    raise InputError(f"{info.path} has not all the bands of {sensor.name}", found=_bands_in_words(info, have),
+                     wanted=', '.join(missing if named else sensor.bands), remedy=remedy)
+
+# %% ../../nbs/10b_data.rasters.ipynb #10e52cfd
+def _bands_in_words(info, names):
+    "The bands of a file, for a message."
+    images, mask = [name for name in names if name != 'alpha'], ' and alpha' if 'alpha' in names else ''
+    deep = ', 16-bit' if _is_picture(info.path) and info.dtype == 'uint16' else ''
+    if any(images): return ', '.join(name or '?' for name in images) + mask + deep
+    words = "1 band without a name" if len(images) == 1 else f"{len(images)} bands without names"
+    return words + mask + deep
 
 # %% ../../nbs/10b_data.rasters.ipynb #572cc709
 def read_raster(
@@ -155,31 +226,37 @@ def read_raster(
     channels:Sequence[int]|None=None, # bands by number, from 0; all by default
     window:tuple[int, int, int, int]|None=None, # row, column, height, width in pixels; the whole by default
     alone:bool=False, # do not look for side files
-) -> np.ndarray: # (C,H,W) in the file's own type
+) -> np.ndarray: # (C,H,W) in the file's own type; of a palette the colours
     "The pixels of `path`; raises `MissingFileError` or `CorruptError`."
-    if str(path).lower().endswith(_PICTURES):
-        x = np.asarray(_picture(path)).transpose(2, 0, 1)
-        row, col, h, w = window or (0, 0, *x.shape[1:])
-        x = x[:, row:row+h, col:col+w]
+    if _is_picture(path):
+        x = _read_picture(path)
+        row, col, height, width = window or (0, 0, *x.shape[1:])
+        x = x[:, row:row+height, col:col+width]
         return np.ascontiguousarray(x if channels is None else x[list(channels)])
     with _opened(path, alone) as ds:
-        numbers = None if channels is None else [o + 1 for o in channels]
-        return ds.read(numbers, window=window and Window(window[1], window[0], window[3], window[2]))
+        part, table = window and Window(window[1], window[0], window[3], window[2]), _colours(ds)
+        numbers = None if channels is None else [channel + 1 for channel in channels]
+        if table is None: return ds.read(numbers, window=part)
+        x = _expand(ds.read(1, window=part), table, path)
+        return x if channels is None else x[list(channels)]
 
 # %% ../../nbs/10b_data.rasters.ipynb #33782c83
 def to_unit(
     x:np.ndarray, # any shape and type, as in the file
-    scale:float|str=1., # factor, or 'linear', 'amplitude' (to dB), 'fraction' (to x 10000)
+    scale:float|str=1., # factor, or 'linear', 'amplitude' (to dB), 'fraction' (x 10000), '16-bit' (to bytes)
     offset:float=0., # added after it
 ) -> np.ndarray: # float32; NaN where a logarithm does not exist
     "The file's numbers in the package's unit."
     x = np.asarray(x, dtype=np.float32)
     if isinstance(scale, str):
-        factors = dict(linear=10., amplitude=20., fraction=10_000.)
+        factors = {'linear': 10., 'amplitude': 20., 'fraction': 10_000., '16-bit': 1/257}
         if scale not in factors: raise unknown_name('scale', scale, factors)
-        if scale != 'fraction': x = np.log10(np.where(x > 0, x, np.nan))
+        if scale in ('linear', 'amplitude'): x = np.log10(np.where(x > 0, x, np.nan))
         scale = factors[scale]
     return x if (scale, offset) == (1, 0) else x*np.float32(scale) + np.float32(offset)
+
+# %% ../../nbs/10b_data.rasters.ipynb #dcce2967
+_WIDE = dict(uint16=16, int16=16, uint32=32, int32=32)
 
 # %% ../../nbs/10b_data.rasters.ipynb #64919afd
 def scaling_of(
@@ -193,6 +270,10 @@ def scaling_of(
         raise InputError(f"{info.path} cannot be used as {sensor.name}", found="8-bit values, 0..255",
                          wanted="decibels" if sensor.unit == 'dB' else "reflectance x 10000",
                          remedy="pass scale= and offset= that lead there, or a sensor of bytes such as rgb")
+    if scale is None and offset is None and info.dtype in _WIDE and sensor and sensor.unit == 'byte':
+        raise InputError(f"{info.path} cannot be used as {sensor.name}", wanted="brightness 0..255",
+                         found=f"{info.dtype} values, {_WIDE[info.dtype]}-bit",
+                         remedy="scale=16-bit divides 0..65535 by 257, scale=1 takes numbers as they are")
     if scale is None and offset is None and info.scaling != (1, 0):
         raise InputError(f"{info.path} declares that its numbers are scaled",
                          found="scale {:g}, offset {:g}".format(*info.scaling),
@@ -228,6 +309,22 @@ def fill_nodata(
     if not mask.any() or mask.all(): return x
     return np.where(mask, x[:, ~mask].mean(1)[:, None, None], x).astype(x.dtype)
 
+# %% ../../nbs/10b_data.rasters.ipynb #3e908568
+def read_bands(
+    info:RasterInfo, # of the file; `bands` says which of its bands is a mask
+    channels:Sequence[int], # bands by number, from 0
+    nodata:float|None=None, # the mark of missing pixels, of the file or your own
+    black:bool=False, # whether a pixel that is 0 in all bands is data, and only alpha marks what is missing
+    window:tuple[int, int, int, int]|None=None, # row, column, height, width in pixels; the whole by default
+    alone:bool=False, # do not look for side files
+) -> tuple[np.ndarray, np.ndarray]: # (C,H,W) in the file's own type; bool (H,W), True where there is no data
+    "Bands of an image and its missing pixels."
+    alpha = [] if info.alpha is None else [info.alpha]
+    x = read_raster(info.path, [*channels, *alpha], window, alone)
+    bands = x[:len(channels)]
+    mask = np.zeros(x.shape[1:], bool) if black else nodata_mask(bands, nodata)
+    return (bands, mask | (x[-1] == 0)) if alpha else (bands, mask)
+
 # %% ../../nbs/10b_data.rasters.ipynb #417d43cf
 def wkb_quads(
     corners:np.ndarray, # (N,4,2) corners of each patch, in order around it
@@ -250,51 +347,3 @@ def footprints(
     to_lonlat = Transformer.from_crs(CRS.from_user_input(crs), 'OGC:CRS84', always_xy=True)
     x, y = np.moveaxis(np.asarray(corners, dtype=np.float64), -1, 0)
     return wkb_quads(np.stack(to_lonlat.transform(x, y), -1))
-
-# %% ../../nbs/10b_data.rasters.ipynb #223625a1
-def date_in_name(
-    name:str, # e.g. 'S2A_MSIL2A_20170613T101031_87_48' or 'genoa_2023-07-10'
-) -> pd.Timestamp: # the day; NaT if there is none
-    "The first day from 1970 on that is written in `name`."
-    pattern = r'(?<!\d)(19[7-9]\d|20\d\d)-?(0[1-9]|1[0-2])-?(0[1-9]|[12]\d|3[01])(?!\d)'
-    days = (pd.to_datetime('-'.join(o), errors='coerce') for o in re.findall(pattern, name))
-    return next((o for o in days if o is not pd.NaT), pd.NaT)
-
-# %% ../../nbs/10b_data.rasters.ipynb #642fb586
-def find_files(
-    paths:str|Path|Iterable[str|Path], # files, or folders to look through
-    suffixes:Sequence[str]=('.tif', '.tiff', '.jp2', '.vrt'), # endings that count, lower case
-) -> list[Path]: # the files, each once
-    "Image files by path or folder; raises `MissingFileError` where there is none."
-    found = {}
-    for o in [paths] if isinstance(paths, (str, Path)) else list(paths):
-        if Path(o).is_dir():
-            inside = (p for p in Path(o).rglob('*') if p.suffix.lower() in suffixes and p.name[0] != '.')
-            found |= dict.fromkeys(sorted(inside))
-        elif Path(o).is_file(): found[Path(o)] = None
-        else: raise MissingFileError(f"{o} is not there")
-    if not found:
-        raise MissingFileError(f"there is no image in {paths}", wanted=f"files named {', '.join(suffixes)}")
-    return list(found)
-
-# %% ../../nbs/10b_data.rasters.ipynb #8607d3b6
-class SkipList:
-    "Raises errors about single files, or notes them and goes on."
-    def __init__(self,
-        on_error:Literal['raise', 'skip']='raise', # what to do with an `RsirError`
-    ):
-        if on_error not in ('raise', 'skip'): raise unknown_name('way to go on', on_error, ['raise', 'skip'])
-        self.on_error, self.rows = on_error, []
-
-    @contextmanager
-    def guard(self, source:str|Path):
-        "Run the block; an error in it is about the file or patch `source`."
-        try: yield
-        except RsirError as e:
-            if self.on_error == 'raise': raise
-            self.rows.append(dict(source=str(source), reason=str(e)))
-
-    @property
-    def table(self) -> pd.DataFrame:
-        "What was skipped, and why."
-        return pd.DataFrame(self.rows, columns=['source', 'reason'])

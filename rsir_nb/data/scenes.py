@@ -8,7 +8,7 @@ __all__ = ['window_grid', 'sensor_of', 'SceneArchive', 'read_patch_file']
 # %% ../../nbs/16_data.scenes.ipynb #4cfee020
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterable, Literal, Sequence
+from typing import Iterable, Literal, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..core import DATASETS, InputError, MissingFileError, unknown_name
 from .base import Archive
-from .checks import check_patch, to_grid
-from .rasters import (RasterInfo, SkipList, band_name, choose_bands, date_in_name, file_bands,
-                                  fill_nodata, find_files, footprints, nodata_mask, raster_info, read_raster,
-                                  reading_options, scaling_of, to_unit, wkb_quads)
+from .checks import check_patch, to_grid, to_square
+from .files import SkipList, date_in_name, find_files
+from .rasters import (RasterInfo, band_name, choose_bands, file_bands, fill_nodata, footprints,
+                                  nodata_mask, raster_info, read_bands, read_raster, reading_options,
+                                  scaling_of, to_unit, wkb_quads)
 from ..geo import ground_side
 from ..sensors import BANDS, SENSORS, Sensor, get_sensor
 
@@ -77,11 +78,11 @@ def _modality(sensor):
 def _missing(info, channels, nodata):
     "Bool (H,W): where the scene has no data."
     mask = np.zeros((info.height, info.width), bool)
-    quick = np.dtype(info.dtype).kind in 'iu' and not nodata
+    quick = np.dtype(info.dtype).kind in 'iu' and not nodata and info.alpha is None
     for row in range(0, info.height, 512):
         window = row, 0, min(512, info.height - row), info.width
         if quick and read_raster(info.path, channels[:1], window).all(): continue
-        mask[row:row+512] = nodata_mask(read_raster(info.path, channels, window), nodata)
+        mask[row:row+512] = read_bands(info, channels, nodata, window=window)[1]
     return mask
 
 def _missing_parts(mask, corners, size):
@@ -112,7 +113,8 @@ def _names(paths):
 # %% ../../nbs/16_data.scenes.ipynb #e8957b14
 def _cut(info, name, sensor, o):
     "The table of one scene, and how its windows are read; `o` holds the archive's options."
-    channels = choose_bands(info, sensor, o['bands'])
+    info = replace(info, bands=file_bands(info, o['bands']))
+    channels = choose_bands(info, sensor)
     scale, offset = scaling_of(info, o['scale'], o['offset'], sensor)
     nodata = info.nodata if o['nodata'] is None else o['nodata']
     if info.crs is None:
@@ -139,11 +141,12 @@ def _read_window(how, row, col, name):
     "One patch, checked; how='...' is what `_cut` found out about the scene."
     info, size = how['info'], how['size']
     h, w = min(size, info.height - row), min(size, info.width - col)
-    raw = read_raster(info.path, how['channels'], (int(row), int(col), int(h), int(w)))
+    part = int(row), int(col), int(h), int(w)
+    raw, missing = read_bands(info, how['channels'], how['nodata'], window=part)
     x = np.full((len(raw), size, size), np.nan, np.float32)
     x[:, :h, :w] = to_unit(raw, how['scale'], how['offset'])
     mask = np.ones((size, size), bool)
-    mask[:h, :w] = nodata_mask(raw, how['nodata'])
+    mask[:h, :w] = missing
     x = fill_nodata(x, mask)
     check_patch(x, how['sensor'], name, size)
     return torch.from_numpy(x)
@@ -154,7 +157,7 @@ class SceneArchive(Archive):
     "GeoTIFF or COG scenes cut into patches."
     def __init__(self,
         paths:str|Path|Iterable[str|Path], # scenes, or folders to look through
-        sensor:str|Sensor|None=None, # bands wanted; those that the first scene names by default
+        sensor:str|Sensor|Mapping|None=None, # bands wanted; those that the first scene names by default
         modality:str|None=None, # key of the arrays in a sample; by default 's1', 's2' or the sensor's name
         img_size:int=120, # of a patch, pixels a side
         stride:int|None=None, # pixels between windows; `img_size` by default
@@ -162,10 +165,10 @@ class SceneArchive(Archive):
         max_nodata:float=0.1, # part of a patch, as far as it lies in the scene, that may be missing, 0..1
         nodata:float|None=None, # mark of missing pixels; the file's own by default
         bands:str|Sequence[str]|None=None, # names of the files' bands, if they do not hold them themselves
-        scale:float|str|None=None, # to the unit: factor, 'linear', 'amplitude' or 'fraction', see `to_unit`
+        scale:float|str|None=None, # to the unit: factor, 'linear', '16-bit', ..., see `to_unit`
         offset:float|None=None, # to the unit: added after it, e.g. -1000
         crs:str|None=None, # for files without one: 'EPSG:32632', or 'unknown' to go without places
-        on_error:Literal['raise', 'skip']='raise', # 'skip' leaves bad scenes out, listed in `skipped`
+        on_error:Literal['raise', 'skip', 'skip_any']='raise', # what to do about bad scenes, see `SkipList`
     ):
         if not 0 <= max_nodata <= 1: raise InputError("no such part of a patch", wanted="0 to 1",
                                                       found=f"max_nodata {max_nodata}")
@@ -179,8 +182,9 @@ class SceneArchive(Archive):
                 sensor = sensor_of(info, bands) if sensor is None else get_sensor(sensor)
                 table, self.scenes[info.path] = _cut(info, name, sensor, options)
                 tables.append(table)
+        where = paths if isinstance(paths, (str, Path)) else files[0].parent
+        skips.settle(str(where), len(tables), len(files), 'scenes')
         self.skipped = skips.table
-        if not tables: raise InputError("no scene can be used", found=skips.rows[0]['reason'])
         self.modality = modality or _modality(sensor)
         told = reading_options(bands=bands, scale=scale, offset=offset, nodata=nodata)
         self.reading = {self.modality: told}
@@ -206,19 +210,20 @@ def _read_folder(path, sensor, size):
 
 def _read_file(path, sensor, bands, nodata):
     info = raster_info(path)
-    raw = read_raster(path, choose_bands(info, sensor, bands))
-    if sensor.unit == 'byte': return info, raw, np.zeros(raw.shape[1:], bool)   # black is a colour
-    return info, raw, nodata_mask(raw, info.nodata if nodata is None else nodata)
+    info = replace(info, bands=file_bands(info, bands))
+    raw, mask = read_bands(info, choose_bands(info, sensor), info.nodata if nodata is None else nodata,
+                           black=sensor.unit == 'byte')                      # black is a colour
+    return info, raw, mask
 
 # %% ../../nbs/16_data.scenes.ipynb #fc21cf9a
-def _fit(x, size, fit, name, side):
+def _fit(x, size, fit, name, side, unit):
     "`x` (C,H,W) as a square of `size` pixels; `side` pixels of it cover the ground of a patch."
     h, w = x.shape[1:]
     if fit not in (None, 'resample', 'centre'): raise unknown_name('way to fit', fit, ['resample', 'centre'])
-    if h == w and (fit == 'resample' or abs(h - side) <= 0.1*side): return to_grid(x, size).numpy()
+    if h == w and (fit == 'resample' or abs(h - side) <= 0.1*side): return to_square(x, size, unit)
     top, left = (h - side)//2, (w - side)//2
     if fit == 'centre' and min(top, left) >= 0:
-        return to_grid(x[:, top:top+side, left:left+side], size).numpy()
+        return to_square(x[:, top:top+side, left:left+side], size, unit)
     ways = {"'centre' takes its middle": min(top, left) >= 0, "'resample' takes all of it": h == w}
     ways = [k for k, can in ways.items() if can]
     raise InputError(f"{name} has not the size of a patch", found=f"{h}x{w} pixels",
@@ -259,6 +264,6 @@ def read_patch_file(
         raise InputError(f"{path} is nearly empty", found=f"no data in {mask.mean():.0%} of its pixels",
                          wanted=f"at most {max_nodata:.0%}")
     x = fill_nodata(to_unit(raw, scale, offset), mask)
-    if size is not None: x = _fit(x, size, fit, path, _side(info, size, ground))
-    check_patch(x, sensor, str(path), size)
-    return torch.from_numpy(np.ascontiguousarray(x))
+    check_patch(x, sensor, str(path))
+    if size is None: return torch.from_numpy(np.ascontiguousarray(x))
+    return _fit(x, size, fit, path, _side(info, size, ground), sensor.unit)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..core import (DATASETS, CorruptError, InputError, MissingFileError, RsirError, UnknownNameError,
                           atomic_path, unknown_name)
 from .base import Archive, Vocab, check_patch, to_grid
+from .checks import to_square
 from .lmdb import LmdbReader, LmdbWriter
 from .packing import PACKINGS, Packing, RecordLayout, StoreHeader, seal, unseal
 
@@ -173,7 +174,7 @@ class StoreReport:
 def write_store(
     archive:Archive, # what is to be stored
     path:str|Path, # the store's folder
-    size:int=120, # pixels a side; arrays of another size are resampled, bicubic
+    size:int=120, # pixels a side; coarser arrays go through `to_grid`, finer ones through `to_square`
     dtypes:Mapping[str, str|Packing]|None=None, # modality -> how to keep it; by its unit by default
     overwrite:bool=False, # whether to delete a store that is there
     resume:bool=True, # whether to go on with a store that is there; otherwise it is an error
@@ -195,7 +196,7 @@ def write_store(
         report.present = len(archive) - len(todo)
         bar = tqdm(todo, disable=not progress, total=len(archive), initial=report.present, unit=' patches')
         for i in bar:
-            try: record = writer.encode(archive.ids[i], _on_grid(archive.read(i), size))
+            try: record = writer.encode(archive.ids[i], _on_grid(archive, i, size))
             except (RsirError, OSError, ValueError) as e:
                 if on_error == 'raise': raise
                 report.skipped.append((archive.ids[i], str(e)))
@@ -215,8 +216,16 @@ def _packing(sensor, wanted):
     if wanted not in kinds: raise unknown_name('packing', wanted, kinds)
     return Packing(wanted)
 
-def _on_grid(arrays, size):
-    return {m: to_grid(x, size) if x.shape[-1] == x.shape[-2] else x for m, x in arrays.items()}
+def _on_grid(archive, i, size):
+    "The arrays of a patch on the store's grid, checked as they were read."
+    out = archive.read(i)
+    for m, x in out.items():
+        sensor, (height, width) = archive.sensors[m], x.shape[-2:]
+        if height != width or height == size: continue
+        check_patch(x, sensor, archive.ids[i])
+        coarse = height < size and sensor.unit != 'byte'
+        out[m] = to_grid(x, size) if coarse else to_square(x, size, sensor.unit)
+    return out
 
 def _list_skipped(report):
     file, rows = report.path/'skipped.csv', pd.DataFrame(report.skipped, columns=['id', 'reason'])

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, MissingFileError, make_rng, read_json, unknown_name, write_json
 from .base import Archive, Vocab, assign_splits
-from .images import ImageFiles
-from .rasters import SkipList, date_in_name, find_files, footprints, raster_info
+from .files import SkipList, date_in_name, find_files
+from .images import ImageFiles, keep_usable
+from .rasters import footprints
 from ..sensors import SENSORS, Sensor
 from ..show import show_patch
 
@@ -201,28 +202,27 @@ class VesselArchive(Archive):
         scale:float|str|None=None, # to reflectance x 10000: factor, or 'fraction'
         offset:float|None=None, # added after it
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
+        fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
         check:bool=False, # read every image once in the beginning
-        on_error:Literal['raise', 'skip']='skip', # 'skip' leaves bad patches out, listed in `skipped`
+        on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad patches, see `SkipList`
     ):
         root, skips, self.modality = Path(root), SkipList(on_error), modality
-        self.files = ImageFiles(sensor, bands, scale, offset, img_size, unnamed='vessel')
+        self.files = ImageFiles(sensor, bands, scale, offset, img_size, fit, unnamed='vessel')
         self.entries = read_annotations(root/ANNOTATIONS)
         zeros = set(read_name_list(root/ZEROS)) if (root/ZEROS).is_file() else set()
         lists = read_split_lists(_list_files(root, splits))
         paths = {p.stem: p for p in find_files(root/'tif', ('.tif', '.tiff'))}
         named = {**dict.fromkeys(self.entries, 'annotations'),
                  **{o: f'split {k}' for k, names in lists.items() for o in names}}
-        infos = {}
-        for name in tqdm(sorted({*paths, *named} - zeros), desc='patches', disable=len(paths) < 10_000):
+        infos, wanted = {}, sorted({*paths, *named} - zeros)
+        for name in tqdm(wanted, desc='patches', disable=len(paths) < 10_000):
             with skips.guard(name):
                 _must_be_known(name, paths, self.entries, named)
                 infos[name] = self.files.look(paths[name], check)
-        for o in sorted(zeros): skips.rows.append(dict(source=o, reason=f"{o} is empty, says {ZEROS}."))
-        infos = _of_one_size(infos, img_size, skips)
-        if not infos: raise InputError(f"{root} has no patch that can be used",
-                                       found=skips.rows[0]['reason'] if skips.rows else None)
+        infos = keep_usable(infos, self.files, skips, str(root), len(wanted), 'patches')
+        for name in sorted(zeros): skips.note(name, f"{name} is empty, says {ZEROS}.")
         self.skipped, self.reading = skips.table, {modality: self.files.reading}
-        table = _table(infos, self.entries, lists, self.files.sensor)
+        table = _table(infos, self.entries, lists, self.files)
         table['labels'], vocab = _classes(table, labels)
         super().__init__(table, {modality: self.files.sensor}, vocab)
 
@@ -232,20 +232,7 @@ class VesselArchive(Archive):
 # %% ../../nbs/15_data.vessels.ipynb #ves00025
 log = logging.getLogger(__name__)
 
-def _of_one_size(infos, img_size, skips):
-    "The files of the most frequent size; all of them if they are resampled."
-    if img_size is not None or not infos: return infos
-    sizes = {k: (o.height, o.width) for k, o in infos.items()}
-    common, good = pd.Series(list(sizes.values())).mode()[0], {}
-    for k, size in sizes.items():
-        with skips.guard(k):
-            if size != common: raise InputError(f"{k} has another size than most",
-                                                "{}x{} pixels".format(*size), "{}x{}".format(*common),
-                                                "pass img_size= to resample all")
-            good[k] = infos[k]
-    return good
-
-def _table(infos, entries, lists, sensor):
+def _table(infos, entries, lists, files):
     "One row a patch."
     names, says = list(infos), [entries[o] for o in infos]
     dates = [pd.to_datetime(e.get('date'), errors='coerce') if 'date' in e else date_in_name(o)
@@ -253,14 +240,14 @@ def _table(infos, entries, lists, sensor):
     places = [e.get('port') or place_in_name(o) for o, e in zip(names, says, strict=True)]
     scenes = [p if d is pd.NaT or not p else f'{p} {d:%Y-%m-%d}' for p, d in zip(places, dates, strict=True)]
     table = pd.DataFrame(dict(id=names, n_vessels=[len(o['annotations']) for o in says], place=places,
-                              scene=scenes, date=dates, sensor=sensor.name,
+                              scene=scenes, date=dates, sensor=files.sensor.name,
                               source=[o.path for o in infos.values()],
                               crs=pd.Series([o.crs for o in infos.values()], dtype=object)))
     if lists: table['split'] = pd.Series(assign_splits(names, lists), dtype=object)
     table['geometry'] = pd.Series([None]*len(table), dtype=object)
     for crs, part in table.dropna(subset='crs').groupby('crs'):
-        polygons = footprints(np.stack([infos[o].corners() for o in part['id']]), crs)
-        table.loc[part.index, 'geometry'] = pd.Series(polygons, part.index, dtype=object)
+        corners = np.stack([infos[o].corners(*files.part(infos[o])) for o in part['id']])
+        table.loc[part.index, 'geometry'] = pd.Series(footprints(corners, crs), part.index, dtype=object)
     plain = {k for o in says for k, v in o.items() if isinstance(v, (str, int, float))} - {*table, 'labels'}
     return table.assign(**{k: [o.get(k) for o in says] for k in sorted(plain)})
 
@@ -294,8 +281,10 @@ def show_boxes(self:VesselArchive,
 ): # the axes
     "Draw the patch `key` with the outlines of its vessels."
     i = self.number(key)
-    x, size = self[i][self.modality], raster_info(self.table['source'].array[i], alone=True).width
+    x = self[i][self.modality]
+    row, col, height, width = self.files.part(self.files.info(self.table['source'].array[i]))
+    corner, zoom = np.array([[col], [row]]), np.array([[x.shape[-1]/width], [x.shape[-2]/height]])
     ax = show_patch(x, self.sensors[self.modality], ax=ax, title=f"vessels: {len(self.boxes(i))}")
     for o in self.boxes(i):
-        ax.plot(*(o.T*x.shape[-1]/size - 0.5), color='#ffd800', linewidth=0.8)
+        ax.plot(*((o.T - corner)*zoom - 0.5), color='#ffd800', linewidth=0.8)
     return ax

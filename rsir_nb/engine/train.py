@@ -66,7 +66,9 @@ def build_method(
         torch.manual_seed(cfg.seed)
         arguments = {**{k: v for k, v in derived.items() if k in legal}, **kwargs}
         with _told(f"the method {name!r} cannot be built so", 'method'):
-            return METHODS.create(name, **arguments)
+            method = METHODS.create(name, **arguments)
+    _must_see(method, archive)
+    return method
 
 # %% ../../nbs/70a_engine.train.ipynb #7b360ab2
 def _side(archive):
@@ -76,6 +78,13 @@ def _side(archive):
         raise InputError("the archive is empty", found, remedy="look at the config's group `data`")
     patch = archive[0]
     return next(patch[m].shape[-1] for m in archive.sensors if m in patch)
+
+def _must_see(method, archive):
+    "Raise if a sensor of `method` has seen no patch of `archive`."
+    lost = [m for m in method.sensors if m not in archive.sensors or not archive.has(m).any()]
+    if lost: raise InputError(f"no patch of the archive has {' or '.join(lost)}", found=archive.coverage(),
+                              wanted=f"patches with {' and '.join(method.sensors)}",
+                              remedy="look for warnings about skipped files, or take it out of the sensors")
 
 # %% ../../nbs/70a_engine.train.ipynb #27afb5cb
 @dataclass(frozen=True)
