@@ -255,7 +255,7 @@ def test_nothing_there(tmp_path, v1_lmdb, v2_lmdb, metadata):
     with pytest.raises(InputError, match="no folder is given"): BenV1Tiff()
     with pytest.raises(MissingFileError, match="no LMDB folder"): BenV2Lmdb(tmp_path/"empty")
     with LmdbWriter(tmp_path/"bare.lmdb"): pass
-    with pytest.raises(InputError, match="holds no patch"): BenV1Lmdb(tmp_path/"bare.lmdb")
+    with pytest.raises(InputError, match="has no patches; check"): BenV1Lmdb(tmp_path/"bare.lmdb")
     with pytest.raises(InputError, match="labelled with the 19 classes.*vocab=19"):
         BenV2Lmdb(v2_lmdb, metadata=metadata, vocab=43)
     other = pd.read_parquet(metadata).assign(patch_id=["a", "b", "c"], s1_name=list("def"))

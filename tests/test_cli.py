@@ -122,7 +122,7 @@ def test_what_cannot_be_is_told_before_anything_is_made(line, said, capsys, tmp_
 
 
 def test_an_error_of_ours_is_one_line_too(capsys, monkeypatch):
-    monkeypatch.setattr("rsir_nb.cli.list_configs", lambda: 1/0)
+    monkeypatch.setattr("rsir_nb.config.list_configs", lambda: 1/0)
     assert main(["list"]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError): main(["list", "--debug"])

@@ -89,7 +89,9 @@ log = logging.getLogger(__name__)
 
 def _lost(what, used, total, kind, first):
     "The error that too few files of a sensor can be used."
-    found = f"{used:,} of {total:,}" if total else "no file"
+    if not total: return InputError(f"{what} has no {kind}", remedy="check the folders and the options that "
+                                    "choose among them")
+    found = f"{used:,} of {total:,}"
     if first: found += f", since {first.rstrip('.')}"
     wanted = "at least half of them"
     if used: return InputError(f"{what} loses most of its {kind}", found, wanted,
