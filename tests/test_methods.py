@@ -309,3 +309,37 @@ def test_band_cca_finds_what_sensors_share():
     assert np.corrcoef(z["s1"], z["s2"])[0, 1] > 0.95
     assert abs(np.corrcoef(z["s1"], level[40:].flatten())[0, 1]) > 0.95
     with pytest.raises(InputError, match="two sensors"): BandCCA(["s1"])
+
+
+def test_weights_are_hashed_once_until_they_change(monkeypatch):
+    from rsir_nb.methods import base
+    method, calls = METHODS.create("band_statistics", sensors=["s2"], img_size=None), []
+    net = METHODS.create("csmae", sensors=["s1", "s2"], **TINY)
+    real = base.content_hash
+    monkeypatch.setattr(base, "content_hash", lambda *a: calls.append(1) or real(*a))
+    first = net.weights_hash
+    assert net.weights_hash == first and len(calls) == 1
+    weight = next(net.parameters())
+    with torch.no_grad(): weight.add_(1)
+    second = net.weights_hash
+    assert second != first and len(calls) == 2
+    optimiser = torch.optim.SGD(net.parameters(), lr=1.)
+    weight.grad = torch.ones_like(weight)
+    optimiser.step()
+    stepped = net.weights_hash
+    assert stepped != first
+    other = {k: v + 1 for k, v in net.state_dict().items()}
+    net.load_state_dict(other)
+    assert net.weights_hash not in (first, stepped)
+    weight.data = weight.data.clone()*2
+    assert net.weights_hash == real_hash(net)
+    before = method.weights_hash
+    with torch.no_grad():
+        for o in method.buffers(): o.mul_(2)
+    assert method.weights_hash == real_hash(method) and (not list(method.buffers()) or method.weights_hash != before)
+
+
+def real_hash(method):
+    "The name, computed anew."
+    vars(method).pop("_hashed", None)
+    return method.weights_hash

@@ -252,14 +252,24 @@ def describe(self:Method) -> dict: # in JSON's types
                 arguments=_plain({**self.arguments, 'sensors': self.sensors}),
                 norm_stats=self.inputs.stats())
 
+# %% ../../nbs/50b_methods.base.ipynb #baace030
 @patch(as_prop=True)
 def weights_hash(self:Method) -> str: # 16 hexadecimal digits
     "Names everything that decides about a code: weights, statistics, arguments of the network and heads."
     told = self.describe()
     for name in 'optim', 'seed': told['arguments'].pop(name, None)
     del told['norm_stats'] # rounded in print, exact among the weights
-    state = self.state_dict()
-    return content_hash(told, *(o for k in sorted(state) for o in (k, state[k].float())))
+    now = told, [(o, o.data_ptr(), o._version) for o in (*self.parameters(), *self.buffers())]
+    if not _is_same(self.__dict__.get('_hashed'), now):
+        state = self.state_dict()
+        name = content_hash(told, *(o for k in sorted(state) for o in (k, state[k].float())))
+        self.__dict__['_hashed'] = *now, name
+    return self.__dict__['_hashed'][2]
+
+def _is_same(hashed, now):
+    "Whether nothing has changed since the weights were hashed."
+    if hashed is None or hashed[0] != now[0] or len(hashed[1]) != len(now[1]): return False
+    return all(a is b and old == new for (a, *old), (b, *new) in zip(hashed[1], now[1], strict=True))
 
 # %% ../../nbs/50b_methods.base.ipynb #316cc073
 FORMAT = 'rsir_nb.method/1'
