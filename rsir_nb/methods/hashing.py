@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import show
+from .. import charts
 from ..core import LOSSES, InputError
 from ..losses.contrastive import ntxent_loss, pairwise_mean, unit_vectors
 from ..losses.hashing import (bit_balance_loss, bit_decorrelation_loss, quantisation_loss,
@@ -112,7 +112,7 @@ class HashTraining:
     def show(self, ax=None):
         "The terms over the epochs, each divided by its first value."
         terms = self.history.drop(columns='loss')
-        return show.show_curve(self.history.index + 1, {k: terms[k]/terms[k].iloc[0] for k in terms}, ax=ax,
+        return charts.show_curve(self.history.index + 1, {k: terms[k]/terms[k].iloc[0] for k in terms}, ax=ax,
                                xlabel='epoch', ylabel='term / its first value')
 
 # %% ../../nbs/55_methods.hashing.ipynb #0680e85f

@@ -113,6 +113,11 @@ def _few(names, n=6):
     names = list(names)
     return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
 
+# %% ../../nbs/25_models.names.ipynb #9e9f9e67
+def _find_layouts():
+    "Import the pages that have a layout of their own."
+    for o in modules_with(r'LAYOUTS\['): importlib.import_module(o)
+
 # %% ../../nbs/25_models.names.ipynb #7c66531c
 def recognise(
     names:Iterable[str], # of a file's tensors
@@ -149,11 +154,6 @@ def _layout(key):
     if key not in LAYOUTS: _find_layouts()
     if key not in LAYOUTS: raise unknown_name('published layout', key, LAYOUTS)
     return LAYOUTS[key]
-
-def _find_layouts():
-    "Import the pages that have a layout of their own."
-    for o in modules_with(r'LAYOUTS\['): importlib.import_module(o)
-
 
 # %% ../../nbs/25_models.names.ipynb #21f8f15b
 def from_published_names(
