@@ -1,6 +1,8 @@
 "Evaluation: protocols and directions against plain loops, baselines, margins, the run's own config."
 import json
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,6 +10,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from engine_run import tiny_config
+from rsir_nb.cli import main
 from rsir_nb.core import InputError, UnknownNameError
 from rsir_nb.engine.encode import encode, encode_run
 from rsir_nb.engine.evaluate import BASELINES, evaluate, evaluate_store, load_evaluation, make_baseline
@@ -141,13 +144,13 @@ def test_only_what_was_measured_is_drawn(store, tmp_path):
     few = evaluate_store(store, "csmae", metrics=["ndcg"], drawings=20)
     assert set(few.table.metric) == {"map", "ndcg"} and set(few.margins.metric) == {"map"} and few.curves == []
     few.save(tmp_path/"few")
-    assert {o.name for o in (tmp_path/"few").iterdir()} == {"scores.csv", "margins.csv", "queries.parquet", "evaluation.json"}
+    assert {o.name for o in (tmp_path/"few").iterdir()} == {"scores.csv", "margins.csv", "speed.csv", "queries.parquet", "evaluation.json"}
     with pytest.raises(InputError, match="no curve of precision"): few.show_curves()
 
 
 def test_it_is_read_again_and_made_again_when_asked_otherwise(run, found):
     folder = f"{run.out}/evaluation/csmae"
-    names = {"scores.csv", "margins.csv", "queries.parquet", "evaluation.json", "precision.png", "recall.png"}
+    names = {"scores.csv", "margins.csv", "speed.csv", "queries.parquet", "evaluation.json", "precision.png", "recall.png"}
     import os
     assert set(os.listdir(folder)) == names
     before = os.stat(f"{folder}/scores.csv").st_mtime_ns
@@ -222,3 +225,39 @@ def test_tabulate_keeps_every_query(store):
 def test_nobody_is_its_own_answer_in_an_archive_without_splits(store, monkeypatch):
     monkeypatch.setattr("rsir_nb.engine.protocols._in_split", lambda store, name: np.ones(len(store), bool))
     for d in directions(store, "csmae"): assert np.array_equal(d.items[d.own], d.queries)
+
+
+def test_the_summary_has_scores_latency_and_size(run, found, store):
+    table = found.summary()
+    assert list(table.columns[:4]) == ["system", "direction", "P@1", "P@10"] and table.columns[-3:].tolist() == ["ms median", "ms p95", "bytes"]
+    pairs = found.table[["system", "kind", "direction"]].drop_duplicates()
+    assert len(table) == len(pairs)
+    for o, (system, kind, direction) in zip(table.itertuples(index=False), pairs.itertuples(index=False), strict=True):
+        mine = found.table[(found.table.system == system) & (found.table.kind == kind) & (found.table.direction == direction)]
+        scores = {(r.metric, r.k): r for r in mine.itertuples()}
+        deepest = mine.k.max()
+        for text, metric, k in (o[2], "precision", 1), (o[3], "precision", min(10, deepest)), (o[4], "map", deepest), (o[5], "m1_f1", min(10, deepest)):
+            r = scores[metric, k]
+            assert text == f"{r.value:.3f} [{r.ci_low:.3f}, {r.ci_high:.3f}]"
+        if kind == "random": assert o[6:] == ("-", "-", "-")
+        else: assert 0 < float(o[6]) + 0.005 and float(o[6]) <= float(o[7])
+    speed = found.speed.set_index(["system", "kind"])
+    assert set(speed.loc[("csmae", "binary"), "bytes"]) == {store.n_bits//8}
+    assert set(speed.loc[("csmae", "float"), "bytes"]) == {4*next(iter(store.embeddings.values())).shape[1]}
+    again = load_evaluation(Path(run.out)/"evaluation"/found.about["protocol"])
+    pd.testing.assert_frame_equal(again.summary(), table)
+
+
+def test_an_evaluation_without_measured_times_shows_dashes(found):
+    assert set(replace(found, speed=None).summary()["ms median"]) == {"-"}
+
+
+def test_depths_of_the_summary_are_chosen_and_checked(run, capsys):
+    assert main(["evaluate", str(run.out), "evaluate.ks=[5,2]", "evaluate.baselines=[random]", "evaluate.drawings=20"]) == 0
+    out = capsys.readouterr().out
+    assert "P@2" in out and "P@5" in out and "P@10" not in out
+    assert out.index("P@2") < out.index("difference"), "scores come before margins"
+    for bad in "[0]", "[]", "[true]", "[1.5]":
+        assert main(["evaluate", str(run.out), f"evaluate.ks={bad}"]) == 2
+        assert "evaluate.ks" in capsys.readouterr().err
+    evaluate(run.out, progress=False)

@@ -19,7 +19,7 @@ from power_loss import Disk, Killed
 from rsir_nb.core import (INDEXES, BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, atomic_path,
                           write_json)
 from rsir_nb.retrieval import index as index_files
-from rsir_nb.retrieval import segments as segment_files
+from rsir_nb.live import segments as segment_files
 from rsir_nb.retrieval.hamming import HammingIndex
 from rsir_nb.live.index import LiveIndex
 from rsir_nb.live.segments import read_manifest

@@ -26,6 +26,7 @@ from ..core import (METHODS, InputError, MissingFileError, atomic_path, check_ar
                           unknown_name, write_json)
 from ..data.base import Archive, concat_archives
 from .encode import encode, encode_run
+from .latency import time_searches
 from .protocols import (Protocol, Result, System, compare, directions, get_protocol, make_index,
                                       score_direction, store_labels, tabulate)
 from .train import build_archive, build_method, split_of, trainer_config
@@ -41,6 +42,7 @@ class Evaluation:
     margins:pd.DataFrame # of `compare`
     about:dict # protocol, settings, weights
     source:pd.DataFrame|Path|None = field(default=None, repr=False) # every query's scores, or their file
+    speed:pd.DataFrame|None = None # system, kind, direction, ms_median, ms_p95, n_timed, bytes per patch
 
     @property
     def queries(self) -> pd.DataFrame: # system, kind, direction, id, place, and columns like map@10
@@ -88,6 +90,38 @@ def arrows(
 ) -> str: # e.g. 'S1 → S2'
     "A direction as it is shown to people."
     return direction.replace('->', ' → ').upper()
+
+# %% ../../nbs/74a_engine.evaluate.ipynb #6c6c5484
+@patch
+def summary(self:Evaluation,
+    ks:Sequence[int]|None=None, # depths of P@k; those of `evaluate.ks` by default, or 1 and 10
+) -> pd.DataFrame: # system, direction, P@k, mAP, F1 (M1)@k, ms median, ms p95, bytes; texts
+    "Scores with intervals, latency and size, one row per system and direction."
+    ks, rows = ks or self.about.get('table_ks') or (1, 10), []
+    for (system, kind, direction), part in self.table.groupby(['system', 'kind', 'direction'], sort=False):
+        row = dict(system=system if kind == 'random' else f'{system}, {kind}', direction=direction)
+        for k in ks: row[f'P@{k}'] = _with_interval(part, 'precision', k)
+        row['mAP'] = _with_interval(part, 'map', part.k.max())
+        depth = self.about['ks'][-1]
+        row[f'F1 (M1)@{depth}'] = _with_interval(part, 'm1_f1', depth)
+        rows.append(row | _speed_of(self.speed, system, kind, direction))
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/74a_engine.evaluate.ipynb #ea7a2514
+def _with_interval(part, metric, k):
+    "A score with its interval at depth `k`, or at the deepest where fewer patches can answer."
+    found = part[(part.metric == metric) & (part.k == min(k, part.k.max()))]
+    if not len(found): return '-'
+    o = found.iloc[0]
+    return f'{o.value:.3f} [{o.ci_low:.3f}, {o.ci_high:.3f}]'
+
+def _speed_of(speed, system, kind, direction):
+    "Latency and size of a system in a direction, as texts."
+    names = dict(zip(('ms median', 'ms p95', 'bytes'), ('ms_median', 'ms_p95', 'bytes'), strict=True))
+    if speed is None or not len(speed): return dict.fromkeys(names, '-')
+    found = speed[(speed.system == system) & (speed.kind == kind) & (speed.direction == direction)]
+    if not len(found): return dict.fromkeys(names, '-')
+    return {k: f"{found[v].iloc[0]:{',.0f' if k == 'bytes' else '.2f'}}" for k, v in names.items()}
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #60f3a10b
 @patch
@@ -166,6 +200,7 @@ def evaluate_store(
     seed:int=0, # of bootstrap and random order
     memory_mb:int=256, # for the rankings that exist at a time, in MiB
     progress:bool=False, # show a progress bar
+    table_ks:Sequence[int]=(1, 10), # depths of precision that `summary` shows
 ) -> Evaluation: # of codes and embeddings, and of the baselines
     "Score a store in all directions."
     kinds = dict(binary=store.n_bits, float=len(store.embeddings))
@@ -173,20 +208,31 @@ def evaluate_store(
     own = [System(name, store, kind, across=kind == 'binary' or one_width)
            for kind, there in kinds.items() if there]
     ks, work = get_protocol(protocol).ks, _work([*own, *baselines], protocol)
+    depths, speed = sorted({*ks, *table_ks}), []
     metrics = metrics and list(dict.fromkeys(['map', *metrics]))
     tables, queries, margins = {}, {}, {}
     with tqdm(total=sum(len(d.queries) for *_, d in work), unit='query', disable=not progress) as bar:
         for at, system, labels, d, index in _with_indexes(work):
             bar.set_description(f"{system.name}, {system.kind}, {arrows(d.name)}")
-            r = score_direction(system, d, ks, depth, metrics, seed, memory_mb, labels, index, bar)
+            r = score_direction(system, d, depths, depth, metrics, seed, memory_mb, labels, index, bar)
             tables[at], queries[at] = tabulate([r], drawings, seed), per_query(r, ks)
+            if index is not None: speed.append(_measured(system, d, index, ks[-1]))
             margins[at] = replace(r, scores={'map': r.scores['map'][:, -1:].copy()}, ks=r.ks[-1:])
     tables, queries, margins = ([o[at] for at in sorted(o)] for o in (tables, queries, margins))
     about = dict(protocol=protocol if isinstance(protocol, str) else asdict(protocol), ks=list(ks), seed=seed,
+                 table_ks=list(table_ks),
                  weights=store.weights_hash, n_bits=store.n_bits, ours=[name, own[0].kind], depth=depth,
                  drawings=drawings)
     gaps = compare(margins, (name, own[0].kind), 'map', None, drawings, seed)
-    return Evaluation(pd.concat(tables, ignore_index=True), gaps, about, _stack(queries))
+    return Evaluation(pd.concat(tables, ignore_index=True), gaps, about, _stack(queries),
+                      pd.DataFrame(speed))
+
+# %% ../../nbs/74a_engine.evaluate.ipynb #f4ca5b8b
+def _measured(system, d, index, k):
+    "Latency of single queries in one direction, and the bytes that are kept for a patch to be found."
+    queries = system.vectors(d.source, d.queries[:1000])
+    return dict(system=system.name, kind=system.kind, direction=d.name,
+                **time_searches(index, queries, min(k, len(index))), bytes=int(queries[0].nbytes))
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #084f69fd
 BASELINES = dict(band_statistics='l2', band_cca='cosine', untrained='cosine', random='cosine')
@@ -234,6 +280,7 @@ class EvaluateConfig:
     "What an evaluation looks at; the config group `evaluate`."
     protocol:str = 'csmae' # a key of `PROTOCOLS`
     baselines:tuple = tuple(BASELINES) # names as of `make_baseline`, and 'random'
+    ks:tuple = (1, 10) # depths of precision in the printed table
     depth:int = 1000 # how deep rankings are looked at most
     drawings:int = 1000 # of the bootstrap
     metrics:list|None = None # names in `METRICS` beside map; all that can be computed by default
@@ -241,6 +288,9 @@ class EvaluateConfig:
 
     def __post_init__(self):
         get_protocol(self.protocol)
+        if not self.ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in self.ks):
+            raise InputError("evaluate.ks are the depths of precision", found=list(self.ks),
+                             wanted="whole numbers from 1, such as [1, 10]")
         numbers = dict(depth=self.depth, drawings=self.drawings, memory_mb=self.memory_mb)
         if min(numbers.values()) < 1: raise InputError("nothing can be evaluated so",
             found=', '.join(f'{k} {v}' for k, v in numbers.items()), wanted="1 or more of each")
@@ -252,7 +302,7 @@ def evaluate(
     run_dir:str|Path, # folder of a finished run
     archive:Archive|None=None, # what is evaluated on; the archive of the run's config by default
     progress:bool=True, # show progress bars
-    **changes, # of the run's settings: protocol=, baselines=, depth=, drawings=, metrics=, memory_mb=
+    **changes, # of the run's settings: protocol=, baselines=, ks=, depth=, drawings=, metrics=, memory_mb=
 ) -> Evaluation: # also in `run_dir`/evaluation/<protocol>
     "Score a run under its protocol; an evaluation that is there and fits is loaded."
     cfg, run_dir = load_run_config(run_dir), Path(run_dir)
@@ -266,7 +316,7 @@ def evaluate(
     if there and read_json(folder/'evaluation.json')['job'] == job: return load_evaluation(folder)
     systems = _systems(o.baselines, cfg, archive, store, o.protocol, run_dir/'baselines', progress)
     found = evaluate_store(store, o.protocol, cfg.method.name, systems, o.depth, o.drawings, o.metrics,
-                           cfg.seed, o.memory_mb, progress)
+                           cfg.seed, o.memory_mb, progress, sorted(set(o.ks)))
     found.about['job'] = job
     found.about['warning'] = _saw_labels(run_dir, cfg, archive, get_protocol(o.protocol))
     if found.about['warning']: log.warning("%s", found.about['warning'])
@@ -292,11 +342,12 @@ def _saw_labels(run_dir, cfg, archive, protocol):
 def save(self:Evaluation,
     path:str|Path, # folder to write; one that is there is replaced
 ):
-    "Write scores.csv, margins.csv, queries.parquet, evaluation.json and the curves."
+    "Write scores.csv, margins.csv, speed.csv, queries.parquet, evaluation.json and the curves."
     with atomic_path(path) as part:
         part.mkdir()
         self.table.to_csv(part/'scores.csv', index=False)
         self.margins.to_csv(part/'margins.csv', index=False)
+        if self.speed is not None: self.speed.to_csv(part/'speed.csv', index=False)
         if self.source is not None:
             self.queries.to_parquet(part/'queries.parquet', index=False, compression='zstd')
         write_json(part/'evaluation.json', self.about)
@@ -311,4 +362,6 @@ def load_evaluation(
     "Read an evaluation again."
     path, queries = Path(path), Path(path)/'queries.parquet'
     tables = [pd.read_csv(path/o) for o in ('scores.csv', 'margins.csv')]
-    return Evaluation(*tables, read_json(path/'evaluation.json'), queries if queries.is_file() else None)
+    speed = pd.read_csv(path/'speed.csv') if (path/'speed.csv').is_file() else None
+    about = read_json(path/'evaluation.json')
+    return Evaluation(*tables, about, queries if queries.is_file() else None, speed)

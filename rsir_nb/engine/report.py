@@ -92,7 +92,8 @@ def _answer(evaluation, store):
     scores = _named(evaluation.pivot(), store)
     scores = html_table(scores, f'mAP over {evaluation.depth}; best of each direction in bold', best='max')
     caption = 'Differences in mAP; intervals are bootstrapped over places'
-    return text + scores + html_figure(ax) + html_table(margins_table(evaluation), caption)
+    margins = html_table(margins_table(evaluation), caption)
+    return text + scores + html_figure(ax) + margins + _summary(evaluation)
 
 def _named(table, store):
     "A table of systems and directions in words."
@@ -100,6 +101,14 @@ def _named(table, store):
     words = [names.get(o, o.replace('binary', f'{store.n_bits} bits').replace('float', 'float embeddings'))
              for o in table.index]
     return table.set_axis(pd.Index(words, name='system')).rename(columns=arrows)
+
+def _summary(evaluation):
+    "Precision, mAP, F1, latency and size of all systems, folded away."
+    table = evaluation.summary().set_index(['system', 'direction'])
+    table.index = [f'{system}, {arrows(direction)}' for system, direction in table.index]
+    caption = '95 % intervals by bootstrap over places; ms: one search for one query; bytes: kept for a patch'
+    head = '<summary>Scores, latency and size of every system</summary>'
+    return f"<details>{head}{html_table(table, caption)}</details>"
 
 # %% ../../nbs/76_engine.report.ipynb #460be587
 def _protocol_scores(evaluation):
