@@ -117,3 +117,13 @@ def test_collate():
     assert collate([a, b])["labels"].tolist() == [[1, 0], [0, 1]]
     del b["s2"], a["s1"]
     with pytest.raises(InputError, match="no sensor in common"): collate([a, b])
+
+
+def test_patches_without_a_sensor_are_counted_in_the_log(caplog):
+    x = np.random.default_rng(0).normal(size=(6, 2, 8, 8)).astype("float32") - 15
+    s1, s2 = dict(s1=x), dict(s2=np.full((6, 10, 8, 8), 1000, "float32"))
+    archive = concat_archives([TensorArchive({**s1, **s2}, ids=list("abcdef")), TensorArchive(s2, ids=list("ghijkl"))])
+    data = ArchiveData(archive)
+    assert len(data.train) == 6 and "6 of 12 patches are used, those with s1 and s2" in caplog.text
+    caplog.clear()
+    assert len(ArchiveData(archive, modalities=["s2"]).train) == 12 and not caplog.text

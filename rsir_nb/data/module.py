@@ -6,6 +6,7 @@
 __all__ = ['collate', 'EpochSampler', 'ArchiveData']
 
 # %% ../../nbs/19_data.module.ipynb #74450573
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,9 @@ class EpochSampler(DistributedSampler):
         order = np.resize(order, self.total_size) if n else order
         return iter(order[self.rank:self.total_size:self.num_replicas].tolist())
 
+# %% ../../nbs/19_data.module.ipynb #410099a8
+log = logging.getLogger(__name__)
+
 # %% ../../nbs/19_data.module.ipynb #cc6e4608
 class ArchiveData(pl.LightningDataModule):
     "Batches of archives for Lightning's trainer."
@@ -81,7 +85,10 @@ class ArchiveData(pl.LightningDataModule):
 
     def _whole(self, archive):
         mask = archive.has(*self.modalities)
-        return archive if mask.all() else archive.subset(mask)
+        if mask.all(): return archive
+        if mask.any(): log.warning("%d of %d patches are used, those with %s; the archive has %s", mask.sum(),
+                                   len(mask), ' and '.join(self.modalities), archive.coverage())
+        return archive.subset(mask)
 
     def _loader(self, archive, shuffle):
         world = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
