@@ -47,6 +47,9 @@ def imports_of(module):
             yield from (o if o in MODULES else base for o in full)
         elif isinstance(node, ast.Import):
             yield from (n.name.removeprefix("rsir_nb.") for n in node.names if n.name.startswith("rsir_nb."))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "lazy_import":
+            name = ast.literal_eval(node.args[0])
+            if name.startswith("rsir_nb."): yield name.removeprefix("rsir_nb.")
 
 
 def test_pages_were_found():
