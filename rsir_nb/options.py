@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .core import InputError, MissingFileError, unknown_name
+from .core import InputError, MissingFileError, lazy_import, unknown_name
 
-if TYPE_CHECKING: from omegaconf import DictConfig
+# %% ../nbs/90b_options.ipynb #c3eae2f3
+omegaconf = lazy_import('omegaconf')
 
 # %% ../nbs/90b_options.ipynb #3e3d61e0
 ConfigName   = Annotated[str, typer.Argument(help="A packaged config (`rsir list configs`) or a YAML file.")]
@@ -93,7 +94,7 @@ def _spread(command):
 
 # %% ../nbs/90b_options.ipynb #77be556a
 def shown(
-    cfg:"DictConfig", # a config, or a part of it
+    cfg:"omegaconf.DictConfig", # a config, or a part of it
     dry_run:bool, # whether that is all
 ) -> bool: # `dry_run`: the verb ends here
     "Print `cfg` if nothing else is wanted."
@@ -106,7 +107,7 @@ def run_config(
     run:str|Path, # a run's folder
     overrides:list[str], # 'key=value'
     *groups:str, # those that the verb uses
-) -> "DictConfig": # checked
+) -> "omegaconf.DictConfig": # checked
     "The config that a run was made with, and `overrides` of the groups that the verb uses."
     from rsir_nb.config import load_config, load_run_config
     for o in overrides:
@@ -119,7 +120,7 @@ def run_config(
 
 # %% ../nbs/90b_options.ipynb #a33d00be
 def changes_of(
-    cfg:"DictConfig", # of `run_config`
+    cfg:"omegaconf.DictConfig", # of `run_config`
     overrides:list[str], # 'key=value'
     group:str, # whose
 ) -> dict: # key -> value; empty where nothing was changed

@@ -11,14 +11,15 @@ __all__ = ['codes_app', 'CodesPlace', 'CodesFile', 'load_array', 'codes_create_c
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import typer
 
-from .core import InputError, MissingFileError, atomic_path
+from .core import InputError, MissingFileError, atomic_path, lazy_import
 
-if TYPE_CHECKING: import pandas as pd
+# %% ../nbs/90d_verbs_codes.ipynb #6260519e
+pd = lazy_import('pandas')
 
 # %% ../nbs/90d_verbs_codes.ipynb #a4ef0a34
 def load_array(
@@ -129,7 +130,6 @@ def codes_info_command(
     where:CodesPlace, # what to describe
 ):
     "Say how many codes there are, of which length, and how they are kept."
-    import pandas as pd
     index = _opened(where)
     told = index.info() if hasattr(index, 'info') else dict(items=len(index), n_bits=index.n_bits)
     for key, value in told.items():
@@ -179,7 +179,6 @@ def hits_table(
     found:dict, # arrays `dists` and `ids`, (Q,k), or also `lims`, (Q+1,), of `range_search`
 ) -> 'pd.DataFrame': # query, rank, id, distance; one row a hit
     "Hits of many queries as a table."
-    import pandas as pd
     dists, ids = found['dists'], found['ids']
     lims = found.get('lims', np.arange(len(dists) + 1)*(dists.shape[1] if dists.ndim == 2 else 0))
     n = np.diff(lims)

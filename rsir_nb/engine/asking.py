@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -19,8 +19,6 @@ from ..geo import ground_side
 from ..retrieval.codes import CodeStore
 from ..show import to_rgb
 
-if TYPE_CHECKING: from rsir_nb.methods.base import Method
-
 # %% auto #0
 __all__ = ['Asked', 'Asker']
 
@@ -29,6 +27,7 @@ pd = lazy_import('pandas')
 torch = lazy_import('torch')
 scenes = lazy_import('rsir_nb.data.scenes')
 encoding = lazy_import('rsir_nb.engine.encode')
+base = lazy_import('rsir_nb.methods.base')
 
 # %% ../../nbs/72a_engine.asking.ipynb #cc0f59a1
 @dataclass
@@ -47,14 +46,14 @@ class Asked:
 class Asker:
     "Makes sense of queries to the archive of one code store."
     def __init__(self,
-        method:Method|Callable[[], Method], # made the codes and encodes queries; or a function that loads it
+        method:"base.Method|Callable", # made the codes and encodes queries; or a function that loads it
         store:CodeStore, # the archive's codes, embeddings and table
     ):
         self.store, self._given = store, method
         if hasattr(method, 'embed'): store.require(weights_hash=method.weights_hash)
 
     @cached_property
-    def method(self) -> Method:
+    def method(self) -> "base.Method":
         "The method in eval mode, loaded when it is first needed."
         method = self._given if hasattr(self._given, 'embed') else self._given()
         self.store.require(weights_hash=method.weights_hash)

@@ -8,7 +8,7 @@ import os, re, shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import Callable
 
 import numpy as np
 from fastcore.basics import patch
@@ -21,10 +21,6 @@ from ..retrieval.codes import CodeStore
 from ..retrieval.index import Index
 from ..rundir import run_weights
 
-if TYPE_CHECKING:
-    from rsir_nb.data.base import Archive
-    from rsir_nb.methods.base import Method
-
 # %% auto #0
 __all__ = ['Retriever', 'IndexConfig', 'open_search']
 
@@ -32,16 +28,17 @@ __all__ = ['Retriever', 'IndexConfig', 'open_search']
 base = lazy_import('rsir_nb.methods.base')
 encoding = lazy_import('rsir_nb.engine.encode')
 engines = lazy_import('rsir_nb.remote.engines')
+archives = lazy_import('rsir_nb.data.base')
 
 # %% ../../nbs/73a_engine.retriever.ipynb #a664dbe1
 class Retriever(Searcher):
     "A searcher that is kept in a folder."
     def __init__(self,
-        method:Method|Callable[[], Method], # made the codes and encodes queries; or a function that loads it
+        method:"base.Method|Callable", # made the codes and encodes queries; or a function that loads it
         store:CodeStore, # codes, embeddings and table of the archive
         indexes:dict[str, Index], # modality -> index over the codes; ids are row numbers of the table
         path:Path|None=None, # the folder it was opened from
-        archive:Archive|None=None, # where pictures of the hits come from
+        archive:"archives.Archive|None"=None, # where pictures of the hits come from
     ):
         super().__init__(method, store, indexes, archive)
         self.path = path
@@ -51,9 +48,9 @@ class Retriever(Searcher):
         path:str|Path, # folder that `build` or `save` wrote
         mmap:bool=True, # map the index into memory instead of reading it
         device:str='cpu', # where queries are encoded
-        archive:Archive|None=None, # where pictures of the hits come from
+        archive:"archives.Archive|None"=None, # where pictures of the hits come from
         engine:str|None=None, # the address again, where it needs a password that is not kept
-    ) -> Retriever: # its method is loaded when the first image arrives
+    ) -> "Retriever": # its method is loaded when the first image arrives
         "Open a folder, checking that its parts belong together."
         path = Path(path)
         if not (path/'retriever.json').is_file(): raise MissingFileError(f"{path} is no complete retriever",
@@ -77,8 +74,8 @@ def _load_method(path, device): return base.Method.load(path, device)
 # %% ../../nbs/73a_engine.retriever.ipynb #2a212d2b
 @patch(cls_method=True)
 def build(cls:Retriever,
-    method:Method, # encodes archive and queries
-    source:Archive|CodeStore, # an archive, or its codes if they are made already
+    method:"base.Method", # encodes archive and queries
+    source:"archives.Archive|CodeStore", # an archive, or its codes if they are made already
     path:str|Path, # folder to write
     engine:str='hamming', # where codes are searched, see `IndexConfig`
     **options, # as `encode` takes them: batch_size=, num_workers=, precision=, embeddings=, progress=, ...
@@ -177,7 +174,7 @@ def save(self:Retriever,
 # %% ../../nbs/73a_engine.retriever.ipynb #99c2d882
 def open_search(
     run_dir:str|Path, # a run's folder
-    archive:Archive|None=None, # where pictures of the hits come from
+    archive:"archives.Archive|None"=None, # where pictures of the hits come from
     device:str='cpu', # where queries are encoded
 ) -> Retriever: # of `run_dir`/search
     "Open a run's search; raises an error if the run was trained further since it was indexed."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from fastcore.basics import patch
@@ -20,36 +20,34 @@ from ..retrieval.ranking import Ranking
 from ..retrieval.vectors import VectorIndex
 from ..show import to_rgb
 
-if TYPE_CHECKING:
-    from rsir_nb.data.base import Archive
-    from rsir_nb.methods.base import Method
-
 # %% auto #0
 __all__ = ['Searcher']
 
 # %% ../../nbs/73_engine.search.ipynb #c27c2485
 pd = lazy_import('pandas')
 dups = lazy_import('rsir_nb.retrieval.duplicates')
+base = lazy_import('rsir_nb.methods.base')
+archives = lazy_import('rsir_nb.data.base')
 
 # %% ../../nbs/73_engine.search.ipynb #64fcced0
 class Searcher:
     "Answers queries over the codes of one archive."
     def __init__(self,
-        method:Method|Callable[[], Method], # made the codes and encodes queries; or a function that loads it
+        method:"base.Method|Callable", # made the codes and encodes queries; or a function that loads it
         store:CodeStore, # codes, embeddings and table of the archive
         indexes:dict[str, Index], # modality -> index over the codes; ids are row numbers of the table
-        archive:Archive|None=None, # where pictures of the hits come from
+        archive:"archives.Archive|None"=None, # where pictures of the hits come from
     ):
         self.store, self.indexes, self.archive = store, indexes, archive
         self.ask, self.vectors = Asker(method, store), {}
 
     @property
-    def method(self) -> Method:
+    def method(self) -> "base.Method":
         "The method that made the codes."
         return self.ask.method
 
     @property
-    def table(self) -> pd.DataFrame:
+    def table(self) -> "pd.DataFrame":
         "One row per patch."
         return self.store.table
 
@@ -284,7 +282,7 @@ def duplicates(self:Searcher,
     radius:int=0, # the largest Hamming distance of a pair, in bits
     every:bool=False, # list all pairs of equal codes, not each beside the first of its kind alone
     **filters, # where=, label=, box=, dates=, as `query` takes them
-) -> pd.DataFrame: # group (named by its first patch), id_a, id_b, distance; one row a pair
+) -> "pd.DataFrame": # group (named by its first patch), id_a, id_b, distance; one row a pair
     "Pairs of patches with equal or nearly equal codes."
     check_arguments(self.rows_where, filters, 'a filter')
     sensor = sensor or next(iter(self.indexes or self.store.modalities))

@@ -259,12 +259,17 @@ def weights_hash(self:Method) -> str: # 16 hexadecimal digits
     told = self.describe()
     for name in 'optim', 'seed': told['arguments'].pop(name, None)
     del told['norm_stats'] # rounded in print, exact among the weights
-    now = told, [(o, o.data_ptr(), o._version) for o in (*self.parameters(), *self.buffers())]
+    tensors = *self.parameters(), *self.buffers()
+    now = told, [(o, o.data_ptr(), o._version, _glance(o)) for o in tensors]
     if not _is_same(self.__dict__.get('_hashed'), now):
         state = self.state_dict()
         name = content_hash(told, *(o for k in sorted(state) for o in (k, state[k].float())))
         self.__dict__['_hashed'] = *now, name
     return self.__dict__['_hashed'][2]
+
+def _glance(x, n=8):
+    "A few values of a tensor, as text."
+    return str(x.detach().flatten()[::max(1, x.numel()//n)].tolist())
 
 def _is_same(hashed, now):
     "Whether nothing has changed since the weights were hashed."
