@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """What people wait for before anything happens: whole processes of `rsir`, and a query in an open session.
 
     python benchmarks/startup.py [RUN]     # an indexed run; runs/demo by default (`rsir demo` makes it)
