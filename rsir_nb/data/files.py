@@ -74,7 +74,7 @@ class SkipList:
         first = self.rows[self.settled]['reason'] if len(self.rows) > self.settled else None
         self.settled = len(self.rows)
         if not used or (2*used < total and self.on_error == 'skip'):
-            raise _lost(what, used, total, kind, first)
+            raise _lost(what, used, total, kind, first or (self.rows[-1]['reason'] if self.rows else None))
         if first and used == total: log.warning("%s: %s", what, first)
         elif first: log.warning("%s: %s of %s %s are used, %s left out; the first: %s", what, f"{used:,}",
                                 f"{total:,}", kind, f"{total - used:,}", first)
@@ -91,10 +91,8 @@ def _lost(what, used, total, kind, first):
     "The error that too few files of a sensor can be used."
     if not total: return InputError(f"{what} has no {kind}", remedy="check the folders and the options that "
                                     "choose among them")
-    found = f"{used:,} of {total:,}"
-    if first: found += f", since {first.rstrip('.')}"
-    wanted = "at least half of them"
-    if used: return InputError(f"{what} loses most of its {kind}", found, wanted,
+    found = f"{used:,} of {total:,}" + (f", since {first.rstrip('.')}" if first else '')
+    if used: return InputError(f"{what} loses most of its {kind}", found, wanted="at least half of them",
                                remedy="read them another way, or go on without them: on_error=skip_any")
-    return InputError(f"{what} has no {kind} that can be used", found, wanted,
+    return InputError(f"{what} has no {kind} that can be used", found,
                       remedy="read them another way; on_error=raise stops at the first that is bad")

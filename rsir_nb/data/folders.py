@@ -162,12 +162,14 @@ class PairedFolders(Archive):
         super().__init__(_table_of_pairs(self.infos, self.files), sensors)
 
     def _look(self, modality, home, check, skips):
-        files, infos, paths = self.files[modality], {}, find_files(home, _IMAGES)
+        files, infos, paths, names = self.files[modality], {}, find_files(home, _IMAGES), set()
         for path in tqdm(paths, desc=modality, disable=len(paths) < 10_000):
             with skips.guard(path):
-                if path.stem in infos: raise InputError(f"{home} has the name {path.stem} twice", found=path)
-                infos[path.stem] = files.look(path, check)
-        return keep_usable(infos, files, skips, f"the sensor {modality} ({home})", len(paths))
+                if path.stem in names: raise InputError(f"{home} has the name {path.stem} twice", found=path)
+                infos[path] = files.look(path, check)
+                names.add(path.stem)
+        infos = keep_usable(infos, files, skips, f"the sensor {modality} ({home})", len(paths))
+        return {path.stem: info for path, info in infos.items()}
 
     def read(self, i:int) -> dict[str, Tensor]:
         return {m: self.files[m].read(info.path) for m, info in self.infos[self.ids[i]].items()}

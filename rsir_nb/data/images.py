@@ -79,7 +79,7 @@ def _of_one_size(infos, files, skips):
     sizes = {key: (info.height, info.width) for key, info in infos.items()}
     common, good = pd.Series(list(sizes.values())).mode()[0], {}
     for key, size in sizes.items():
-        with skips.guard(infos[key].path):
+        with skips.guard(key):
             if size != common: raise InputError(f"{infos[key].path} has another size than most",
                                                 "{}x{} pixels".format(*size), "{}x{}".format(*common),
                                                 "pass img_size= to resample all")
@@ -97,7 +97,7 @@ def _try_some(infos, files):
 
 # %% ../../nbs/10h_data.images.ipynb #64b62055
 def keep_usable(
-    infos:Mapping[Any, RasterInfo], # what `ImageFiles.look` returned, by any key
+    infos:Mapping[Any, RasterInfo], # what `ImageFiles.look` returned, by path or name
     files:ImageFiles, # how they are read
     skips:SkipList, # gets the files that are left out; already has those that could not be looked at
     what:str, # whose files they are, for messages

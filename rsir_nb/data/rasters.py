@@ -90,7 +90,7 @@ def _opened(path, alone=False):
 def _unreadable(path, why):
     if not Path(path).exists(): return MissingFileError(f"{path} is not there")
     size, why = Path(path).stat().st_size, str(why).split('\n')[0]
-    for o in f"'{path}' ", str(path): why = why.replace(o, '')
+    for name in f" '{path}'", f"'{path}' ", str(path): why = why.replace(name, '')
     return CorruptError(f"{path} cannot be read as an image", wanted="a complete image file",
                         found="an empty file" if not size else f"{size:,} bytes, {why[:160].rstrip('.')}",
                         remedy="name another file, or fetch this one again")
