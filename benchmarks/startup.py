@@ -1,10 +1,9 @@
-# ruff: noqa: E501
 """What people wait for before anything happens: whole processes of `rsir`, and a query in an open session.
 
     python benchmarks/startup.py [RUN]     # an indexed run; runs/demo by default (`rsir demo` makes it)
 
-Each process is started `--repeat` times after one that warms the disk; the median of the wall-clock seconds is printed, and
-its ratio to a Python that imports torch and nothing else, measured in the same run.
+Each process is started `--repeat` times after one that warms the disk. The median of the wall-clock seconds
+is printed, and its ratio to a Python that imports torch and nothing else, measured in the same run.
 """
 import argparse
 import statistics
@@ -14,8 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-TARGETS = {"rsir --help": 0.6, "rsir list": 0.6, "rsir query --help": 0.6, "rsir query RUN ID": 2, "rsir query RUN FILE": 5,
-           "import HammingIndex": 1}
+TARGETS = {"rsir --help": 0.6, "rsir list": 0.6, "rsir query --help": 0.6, "import HammingIndex": 1,
+           "rsir query RUN ID": 2, "rsir query RUN FILE": 5}
+RSIR = [sys.executable, "-c", "import sys; from rsir_nb.cli import main; sys.exit(main())"]
+HAMMING = [sys.executable, "-c", "from rsir_nb.retrieval.hamming import HammingIndex"]
 
 
 def seconds(command, repeat):
@@ -35,16 +36,16 @@ def write_patch(run, folder):
     from rsir_nb.config import load_run_config
     from rsir_nb.engine.train import build_archive
     archive = build_archive(load_run_config(run).data)
-    x = archive[0]["s2"].numpy()
-    path = Path(folder)/"patch.tif"
-    with rasterio.open(path, "w", driver="GTiff", count=len(x), height=x.shape[1], width=x.shape[2], dtype="uint16") as f:
+    x, path = archive[0]["s2"].numpy(), Path(folder)/"patch.tif"
+    size = dict(count=len(x), height=x.shape[1], width=x.shape[2])
+    with rasterio.open(path, "w", driver="GTiff", dtype="uint16", **size) as f:
         f.write(np.clip(x.round(), 0, 65535).astype("uint16"))
         f.descriptions = tuple(archive.sensors["s2"].bands)
     return path
 
 
 def in_session(run, repeat):
-    "Milliseconds: opening a search, and a query by id (median, 95th percentile) with imports done."
+    "Milliseconds: opening a search and answering once, and a query by id (median, 95th percentile)."
     import numpy as np
     from rsir_nb.engine.retriever import open_search
     open_search(run).query(open_search(run).store.ids[0])
@@ -65,20 +66,20 @@ def main():
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
     from rsir_nb.engine.retriever import open_search
-    rsir, name = [sys.executable, "-c", "import sys; from rsir_nb.cli import main; sys.exit(main())"], open_search(args.run).store.ids[0]
+    name = open_search(args.run).store.ids[0]
+    base = seconds([sys.executable, "-c", "import torch"], args.repeat)
+    print(f"{'command':<22} {'seconds':>8} {'target':>8} {'of `import torch`':>18}")
+    print(f"{'import torch':<22} {base:8.2f} {'':>8} {1:18.2f}")
     with tempfile.TemporaryDirectory() as folder:
-        commands = {"rsir --help": [*rsir, "--help"], "rsir list": [*rsir, "list"], "rsir query --help": [*rsir, "query", "--help"],
-                    "import HammingIndex": [sys.executable, "-c", "from rsir_nb.retrieval.hamming import HammingIndex"],
-                    "rsir query RUN ID": [*rsir, "query", args.run, name],
-                    "rsir query RUN FILE": [*rsir, "query", args.run, str(write_patch(args.run, folder))]}
-        base = seconds([sys.executable, "-c", "import torch"], args.repeat)
-        print(f"{'command':<22} {'seconds':>8} {'target':>8} {'of `import torch`':>18}")
-        print(f"{'import torch':<22} {base:8.2f} {'':>8} {1:18.2f}")
-        for what, command in commands.items():
+        file = str(write_patch(args.run, folder))
+        commands = [[*RSIR, "--help"], [*RSIR, "list"], [*RSIR, "query", "--help"], HAMMING,
+                    [*RSIR, "query", args.run, name], [*RSIR, "query", args.run, file]]
+        for (what, target), command in zip(TARGETS.items(), commands, strict=True):
             s = seconds(command, args.repeat)
-            print(f"{what:<22} {s:8.2f} {TARGETS[what]:8.1f} {s/base:18.2f}")
+            print(f"{what:<22} {s:8.2f} {target:8.1f} {s/base:18.2f}")
     opened, median, late = in_session(args.run, 200)
-    print(f"open a search and answer once: {opened:.0f} ms; query by id: median {median:.2f} ms, 95th percentile {late:.2f} ms")
+    print(f"open a search and answer once: {opened:.0f} ms")
+    print(f"query by id: median {median:.2f} ms, 95th percentile {late:.2f} ms")
 
 
 if __name__ == "__main__":

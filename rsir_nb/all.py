@@ -7,6 +7,7 @@ __all__ = ['page_modules', 'public_names', 'import_pages']
 
 # %% ../nbs/90_all.ipynb #f310d98b
 import ast, importlib, re
+from functools import lru_cache
 
 from .core import package_sources
 
@@ -16,6 +17,7 @@ def page_modules() -> list[str]: # dotted names, sorted
     return [o for o in package_sources() if o.split('.')[1] not in ('all', 'cli')]
 
 # %% ../nbs/90_all.ipynb #eb0f9bb3
+@lru_cache
 def public_names() -> dict[str, str]: # public name -> the module that has it
     "What the pages export, read from their source."
     home = {}

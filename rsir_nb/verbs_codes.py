@@ -177,7 +177,7 @@ def codes_search_command(
 # %% ../nbs/90d_verbs_codes.ipynb #1fa5f412
 def hits_table(
     found:dict, # arrays `dists` and `ids`, (Q,k), or also `lims`, (Q+1,), of `range_search`
-) -> 'pd.DataFrame': # query, rank, id, distance; one row a hit
+) -> 'pd.DataFrame': # query, rank, id, distance; one row per hit
     "Hits of many queries as a table."
     dists, ids = found['dists'], found['ids']
     lims = found.get('lims', np.arange(len(dists) + 1)*(dists.shape[1] if dists.ndim == 2 else 0))

@@ -4,6 +4,7 @@ Cells with `#| eval: false` and flagged ones (slow, gpu, data) are left as they 
 Clean afterwards with `nbdev_clean`.
 """
 import argparse
+import os
 import re
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ def main():
     args = parser.parse_args()
     left_out = {"slow", "gpu", "data"} - set(args.flags.split(","))
     skip = re.compile(rf"^#\|\s*(eval:\s*false|{'|'.join(sorted(left_out)) or 'eval:'})\b", re.M)
+    os.environ.pop("MPLBACKEND", None)     # the kernel then keeps pictures; with `agg` set it drops them
     nb = nbformat.read(args.page, 4)
     client = NotebookClient(nb, timeout=900, resources={"metadata": {"path": str(args.page.parent)}})
     start = time.time()

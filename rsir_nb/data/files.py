@@ -81,7 +81,7 @@ class SkipList:
 
     @property
     def table(self) -> pd.DataFrame:
-        "What was left out, and why."
+        "The files that were left out, with reasons."
         return pd.DataFrame(self.rows, columns=['source', 'reason'])
 
 # %% ../../nbs/09a_data.files.ipynb #9061b211

@@ -77,7 +77,7 @@ class Asker:
     ) -> Asked: # one row each of code and embedding
         "Make sense of `query`, whatever it is."
         if isinstance(query, str) and query in self.rows: return self.ask_id(query, source)
-        if isinstance(query, (str, Path)): return self.ask_file(query, source, file or {})
+        if isinstance(query, (str, Path)): return self.ask_file(query, source, file)
         if not isinstance(query, Mapping): return self.ask_array(query, source)
         seen = [m for m in query if m in self.method.sensors and source in (None, m)]
         known = [m for m in query if m not in ('id', 'labels')]
@@ -86,7 +86,10 @@ class Asker:
 
 # %% ../../nbs/72a_engine.asking.ipynb #e0124d04
 @patch
-def ask_id(self:Asker, name, source):
+def ask_id(self:Asker,
+    name:str, # id of a patch
+    source:str|None=None, # the query's sensor; the first that has seen the patch by default
+) -> Asked: # with its row; not encoded again
     "A patch of the archive."
     row, store = self.rows[name], self.store
     seen = [m for m in store.modalities if store.present(m)[row]]
@@ -98,7 +101,11 @@ def ask_id(self:Asker, name, source):
 
 # %% ../../nbs/72a_engine.asking.ipynb #77b27236
 @patch
-def ask_array(self:Asker, x, source, name='array'):
+def ask_array(self:Asker,
+    x:Any, # array or tensor in the sensor's raw units, (C,H,W)
+    source:str|None=None, # the query's sensor; the one with as many bands by default
+    name:str='array', # how the query is called
+) -> Asked: # encoded
     "An array in raw units, (C,H,W)."
     sensors = self.method.sensors
     x = torch.as_tensor(np.asarray(x), dtype=torch.float32)
@@ -113,9 +120,13 @@ def ask_array(self:Asker, x, source, name='array'):
 
 # %% ../../nbs/72a_engine.asking.ipynb #82077067
 @patch
-def ask_file(self:Asker, path, source, file):
+def ask_file(self:Asker,
+    path:str|Path, # an image file, or a folder with one file per band
+    source:str|None=None, # the query's sensor; the first whose bands the file has by default
+    file:Mapping|None=None, # how it is read: bands=, scale=, offset=, nodata=, fit=
+) -> Asked: # encoded
     "An image file, or a folder with a file a band."
-    path, sensors, errors = Path(path), self.method.sensors, []
+    path, file, sensors, errors = Path(path), file or {}, self.method.sensors, []
     if not path.exists(): raise _unknown_query(path, self.rows)
     if source not in (None, *sensors): raise unknown_name('sensor of this method', source, sensors)
     check_arguments(scenes.read_patch_file, file, 'a query file')

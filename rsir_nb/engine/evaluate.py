@@ -98,6 +98,9 @@ def summary(self:Evaluation,
 ) -> pd.DataFrame: # system, direction, P@k, mAP, F1 (M1)@k, ms median, ms p95, bytes; texts
     "Scores with intervals, latency and size, one row per system and direction."
     ks, rows = ks or self.about.get('table_ks') or (1, 10), []
+    deepest, measured = self.table.k.max(), set(self.table.k)
+    for k in ks:
+        if k < deepest and k not in measured: raise unknown_name('depth that was measured', k, measured)
     for (system, kind, direction), part in self.table.groupby(['system', 'kind', 'direction'], sort=False):
         row = dict(system=system if kind == 'random' else f'{system}, {kind}', direction=direction)
         for k in ks: row[f'P@{k}'] = _with_interval(part, 'precision', k)

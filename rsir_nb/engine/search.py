@@ -282,7 +282,7 @@ def duplicates(self:Searcher,
     radius:int=0, # the largest Hamming distance of a pair, in bits
     every:bool=False, # list all pairs of equal codes, not each beside the first of its kind alone
     **filters, # where=, label=, box=, dates=, as `query` takes them
-) -> "pd.DataFrame": # group (named by its first patch), id_a, id_b, distance; one row a pair
+) -> "pd.DataFrame": # group (named by its first patch), id_a, id_b, distance; one row per pair
     "Pairs of patches with equal or nearly equal codes."
     check_arguments(self.rows_where, filters, 'a filter')
     sensor = sensor or next(iter(self.indexes or self.store.modalities))

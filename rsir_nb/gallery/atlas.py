@@ -90,7 +90,7 @@ def store_duplicates(
     store:CodeStore, # of `encode`, with codes
     sensor:str|None=None, # whose codes; by default the first's
     radius:int|None=None, # largest distance of a pair, in bits; by default a 64th of the code
-) -> pd.DataFrame: # group (named by its first patch), id_a, id_b, distance; one row a pair
+) -> pd.DataFrame: # group (named by its first patch), id_a, id_b, distance; one row per pair
     "Pairs of patches with equal or nearly equal codes."
     if not store.n_bits: raise InputError("the run has no codes to compare", remedy="rsir hash makes heads")
     sensor = sensor or store.modalities[0]

@@ -122,7 +122,7 @@ def freeze_method(
 
 # %% ../../nbs/54a_methods.duch.ipynb #58438679
 def _told(method):
-    "What is needed to build a method again, but for its weights and how they came about."
+    "The arguments and heads that rebuild a method, without its weights."
     told = method.describe()
     arguments = {k: v for k, v in told['arguments'].items() if k not in ('optim', 'seed')}
     return dict(method=told['method'], arguments=arguments)

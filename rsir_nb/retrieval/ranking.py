@@ -102,7 +102,7 @@ def _plain(o):
 
 # %% ../../nbs/43_retrieval.ranking.ipynb #489ff7b9
 @patch
-def table(self:Ranking) -> pd.DataFrame: # one row a hit, best first
+def table(self:Ranking) -> pd.DataFrame: # one row per hit, best first
     "The hits as a table."
     n, sensor = len(self), self.sensor or ''
     source = self.query.get('sensor')
