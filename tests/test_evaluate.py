@@ -13,7 +13,8 @@ from engine_run import tiny_config
 from rsir_nb.cli import main
 from rsir_nb.core import InputError, UnknownNameError
 from rsir_nb.engine.encode import encode, encode_run
-from rsir_nb.engine.evaluate import BASELINES, evaluate, evaluate_store, load_evaluation, make_baseline
+from rsir_nb.engine.evaluate import BASELINES, evaluate, evaluate_store, make_baseline
+from rsir_nb.engine.evaluation import load_evaluation
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.protocols import (PROTOCOLS, Protocol, System, compare, directions, get_protocol, rank_direction,
                                       score_direction, store_labels, tabulate)
@@ -261,3 +262,11 @@ def test_depths_of_the_summary_are_chosen_and_checked(run, capsys):
         assert main(["evaluate", str(run.out), f"evaluate.ks={bad}"]) == 2
         assert "evaluate.ks" in capsys.readouterr().err
     evaluate(run.out, progress=False)
+
+
+def test_an_evaluation_in_which_nothing_was_timed_is_read_again(store, tmp_path):
+    protocol = Protocol("test", "test", (2,), "test", leave_out=True, exclude_group="place")
+    found = evaluate_store(store, protocol, metrics=["precision"], drawings=20)
+    assert len(found.speed) == 0 and set(found.summary()["bytes"]) == {"-"}
+    found.save(tmp_path/"few")
+    pd.testing.assert_frame_equal(load_evaluation(tmp_path/"few").summary(), found.summary())

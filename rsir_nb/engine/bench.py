@@ -17,7 +17,8 @@ from ..config import group_arguments, load_config, to_dict
 from ..core import InputError, atomic_path, content_hash
 from ..data.store import write_store
 from .encode import encode_run
-from .evaluate import EvaluateConfig, arrows, evaluate_store
+from .evaluate import EvaluateConfig, evaluate_store
+from .evaluation import arrows
 from .hash import train_hash
 from .train import build_archive, pretrain
 from ..html import html_page, html_table

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..config import load_run_config
 from ..core import InputError, MissingFileError, unknown_name
-from .evaluate import Evaluation, load_evaluation
+from .evaluation import Evaluation, load_evaluation
 from ..metrics.intervals import paired_difference_ci, sign_flip_test
 from ..metrics.scores import METRICS
 

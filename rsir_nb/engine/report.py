@@ -21,7 +21,8 @@ from ..config import load_run_config, register_schema, to_dict
 from ..core import InputError, atomic_path, check_arguments, make_rng, read_json, unknown_name
 from ..data.base import Archive
 from .encode import encode_run, skipped_patches
-from .evaluate import Evaluation, arrows, evaluate
+from .evaluate import evaluate
+from .evaluation import Evaluation, arrows
 from .progress import loss_curves, reconstructions
 from .protocols import (Direction, System, directions, group_parts, rank_direction,
                                       store_labels)

@@ -19,7 +19,7 @@ from ..core import (CorruptError, InputError, MissingFileError, RsirError, atomi
                           read_json, unknown_name)
 from ..data.base import Archive
 from ..engine.duplicates import duplicate_rows, told_duplicates
-from ..engine.evaluate import Evaluation, arrows, load_evaluation
+from ..engine.evaluation import Evaluation, arrows, load_evaluation
 from ..engine.protocols import store_labels
 from ..engine.stages import archive_picture
 from ..engine.train import build_archive

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from ..charts import new_axes, show_curve, tell
 from ..core import InputError, make_rng
-from ..engine.evaluate import arrows
+from ..engine.evaluation import arrows
 from ..engine.protocols import store_labels
 from .projection import store_vectors
 from ..html import THEMES
