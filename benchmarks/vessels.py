@@ -25,7 +25,7 @@ from rsir_nb.data.transforms import random_flips
 from rsir_nb.data.vessels import VesselArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.protocols import Direction, System, rank_direction
-from rsir_nb.engine.train import build_method
+from rsir_nb.engine.parts import build_method
 from rsir_nb.methods.baselines import BandQuantiles, BandStatistics
 from rsir_nb.methods.hashing import train_heads
 from rsir_nb.metrics.intervals import paired_difference_ci

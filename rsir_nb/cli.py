@@ -192,7 +192,7 @@ def _picture_of(run):
     "What draws a patch of a run's archive; only pictures need the archive."
     from rsir_nb.config import load_run_config
     from rsir_nb.engine.stages import archive_picture
-    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.parts import build_archive
     return archive_picture(build_archive(load_run_config(run).data))
 
 # %% ../nbs/91_cli.ipynb #ba9713e6

@@ -33,7 +33,7 @@ def pages(run, tmp_path_factory):
     from rsir_nb.engine.report import write_gallery, write_report
     from rsir_nb.engine.retriever import open_search
     from rsir_nb.engine.stages import archive_picture, index_run
-    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.parts import build_archive
     from rsir_nb.engine.why import explain
     from rsir_nb.gallery.atlas import atlas
     folder, archive = tmp_path_factory.mktemp("html"), build_archive(run.data)

@@ -22,7 +22,8 @@ from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.retriever import Retriever
-from rsir_nb.engine.train import load_method, pretrain, read_history
+from rsir_nb.engine.parts import load_method
+from rsir_nb.engine.train import pretrain, read_history
 from rsir_nb.methods.base import Method
 from rsir_nb.methods.cmmae import CMMAE
 from rsir_nb.methods.csmae import CSMAE

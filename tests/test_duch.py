@@ -16,7 +16,8 @@ from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.evaluate import evaluate_store
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.protocols import Protocol
-from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain, read_history
+from rsir_nb.engine.parts import build_archive, build_method, load_method
+from rsir_nb.engine.train import pretrain, read_history
 from rsir_nb.losses.duch import (adversarial_loss, agreed_code_loss, discriminator_loss, geometric_ramp, gradient_penalty,
                                  similarity_preservation_loss)
 from rsir_nb.methods.duch_pairs import DuchPairs

@@ -13,8 +13,8 @@ from rsir_nb.config import load_run_config
 from rsir_nb.core import (BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, folder_lock,
                           read_json)
 from rsir_nb.engine.runs import append_row, last_checkpoint, make_wandb, trim_rows
-from rsir_nb.engine.train import (TrainerConfig, build_archive, build_method, load_method, pretrain, read_history,
-                                  split_of)
+from rsir_nb.engine.parts import TrainerConfig, build_archive, build_method, load_method, split_of
+from rsir_nb.engine.train import pretrain, read_history
 from rsir_nb.methods.optim import lr_factor
 
 STEPS = 4   # in an epoch: 16 training patches in batches of 4

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core import METHODS, InputError
 from ..data.base import Vocab
-from .base import evaluating, in_blocks
+from ..models.rowwise import evaluating, in_blocks
 from .csmae import CSMAE
 from ..models.vit import init_transformer
 

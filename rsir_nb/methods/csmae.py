@@ -20,7 +20,9 @@ from .. import show
 from ..core import METHODS, InputError, legal_arguments, unknown_name
 from ..losses.contrastive import modality_discrepancy_loss, ntxent_loss, pairwise_mean
 from ..losses.reconstruction import reconstruction_loss
-from .base import HEADS, Method, evaluating, fill_weights
+from .base import HEADS, Method
+from ..models.rowwise import evaluating
+from ..models.saving import fill_weights
 from .inputs import make_sensors
 from ..models.decoder import CrossSensorDecoder
 from ..models.masking import (MASKINGS, RECONSTRUCTIONS, TokenMask, decoding_plan, make_noise,

@@ -22,7 +22,8 @@ from ..data.transforms import blur_and_turn
 from ..losses.contrastive import ntxent_loss
 from ..losses.duch import adversarial_loss, agreed_code_loss, discriminator_loss, gradient_penalty
 from ..losses.hashing import bit_balance_loss
-from .base import HEADS, Method, evaluating
+from .base import HEADS, Method
+from ..models.rowwise import evaluating
 from .inputs import make_sensors
 from .optim import OptimConfig, make_optimizer
 

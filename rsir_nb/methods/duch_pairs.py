@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..core import METHODS, InputError, unknown_name
 from ..losses.contrastive import modality_discrepancy_loss, ntxent_loss, pairwise_mean
 from ..losses.duch import geometric_ramp, similarity_preservation_loss
-from .base import HEADS, Method, fill_weights
+from .base import HEADS, Method
+from ..models.saving import fill_weights
 from .inputs import make_sensors
 from ..models.names import LAYOUTS, Layout
 from ..models.vit import MultiSensorViT
