@@ -10,7 +10,8 @@ from engine_run import tiny_config
 from rsir_nb.config import load_config
 from rsir_nb.core import (CorruptError, InputError, MissingFileError, UnknownNameError, UnsafeFileError)
 from rsir_nb.data.features import FeatureArchive, read_arrays
-from rsir_nb.data.module import ArchiveData, collate
+from rsir_nb.data.batches import collate
+from rsir_nb.data.module import ArchiveData
 from rsir_nb.data.transforms import blur_and_turn
 from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.evaluate import evaluate_store

@@ -6,7 +6,8 @@ import torch
 
 from rsir_nb.core import InputError
 from rsir_nb.data.base import TensorArchive, concat_archives
-from rsir_nb.data.module import ArchiveData, EpochSampler, collate
+from rsir_nb.data.batches import collate
+from rsir_nb.data.module import ArchiveData, EpochSampler
 from rsir_nb.data.transforms import random_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore")

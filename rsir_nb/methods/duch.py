@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import METHODS, InputError, MissingFileError
-from ..data.module import collate
+from ..data.batches import collate
 from ..data.transforms import blur_and_turn
 from ..losses.contrastive import ntxent_loss
 from ..losses.duch import adversarial_loss, agreed_code_loss, discriminator_loss, gradient_penalty
