@@ -71,7 +71,7 @@ def test_one_step_on_the_synthetic_archive(modalities, weight):
     archive = archive_of(*modalities)
     method = CMMAE(modalities, supervised_weight=weight, supervised_classes=WET if weight else None, **TINY)
     before = {k: v.clone() for k, v in method.named_parameters()}
-    quiet_trainer(max_steps=1).fit(method, datamodule=ArchiveData(archive, batch_size=8))
+    quiet_trainer(max_steps=1).fit(Training(method), datamodule=ArchiveData(archive, batch_size=8))
     moved = [k for k, v in method.named_parameters() if v.requires_grad and not torch.equal(v, before[k])]
     assert {k.split(".")[0] for k in moved} == {"backbone", "decoder"} | ({"classifier"} if weight else set())
     assert method.vocab == (list(archive.vocab) if weight else None)
@@ -188,7 +188,7 @@ def trained(request):
     torch.manual_seed(0)
     archive = archive_of(*request.param)
     method = CMMAE(request.param, supervised_weight=1, supervised_classes=WET, **TINY)
-    quiet_trainer(max_steps=2).fit(method, datamodule=ArchiveData(archive, batch_size=8))
+    quiet_trainer(max_steps=2).fit(Training(method), datamodule=ArchiveData(archive, batch_size=8))
     method.heads = HashHeads(dict.fromkeys(request.param, 32), 32)
     return method.eval(), archive
 

@@ -232,7 +232,7 @@ def test_one_epoch_with_lightning(tmp_path):
     method = CSMAE(["s1", "s2"], optim=dict(lr=1e-3, warmup_epochs=1, epochs=2), **TINY)
     before = method.weights_hash
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Watch()], **quiet).fit(method, data, data)
+    pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Watch()], **quiet).fit(Training(method), data, data)
     assert [lr for lr, _ in seen] == pytest.approx([1e-3, 1e-3, 5e-4, 0])   # of the step that comes next
     assert {"train/loss", "train/umr_s1", "train/cmr_s2_from_s1", "train/mim"} <= set(seen[0][1])
     assert "val/loss" in seen[-1][1] and method.weights_hash != before

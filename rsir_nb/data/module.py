@@ -35,8 +35,10 @@ class EpochSampler(DistributedSampler):
         drop_last:bool=False, # whether to leave out what cannot be shared evenly; otherwise some come twice
     ):
         super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
+        self.before_epoch = None # called with the epoch's number and this sampler, before the order is drawn
 
     def __iter__(self) -> Iterator[int]:
+        if self.before_epoch is not None: self.before_epoch(self.epoch, self)
         n = len(self.dataset)
         order = make_rng(self.seed, 'order', self.epoch).permutation(n) if self.shuffle else np.arange(n)
         order = np.resize(order, self.total_size) if n else order
@@ -62,6 +64,7 @@ class ArchiveData(pl.LightningDataModule):
         self.train, self.val = self._whole(train), None if val is None else self._whole(val)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.augment = random_flips if augment is True else augment or None
+        self.before_epoch = None # called before each epoch of training, see `EpochSampler`
         for what, part, whole in ('learn from', self.train, train), ('validate with', self.val, val):
             if part is not None and not len(part):
                 raise InputError(f"there is nothing to {what}", found=whole.coverage(),
@@ -77,6 +80,7 @@ class ArchiveData(pl.LightningDataModule):
     def _loader(self, archive, shuffle):
         world = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = EpochSampler(archive, self.seed, shuffle, *world)
+        if shuffle: sampler.before_epoch = self.before_epoch
         return DataLoader(_Chosen(archive, self.modalities), self.batch_size, sampler=sampler,
                           drop_last=shuffle and len(sampler) >= self.batch_size, collate_fn=collate,
                           num_workers=self.num_workers, persistent_workers=self.num_workers > 0,

@@ -58,6 +58,8 @@ class EmbedNorm(nn.BatchNorm1d):
                   losses='reconstruction, ntxent, modality_discrepancy')
 class CSMAE(Method):
     "Cross-sensor masked autoencoder."
+    training_only = 'decoder',
+
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
         img_size:int=120, # side of the images in pixels
@@ -243,6 +245,7 @@ def reconstruct(self:CSMAE,
     batch = {m: batch[m].to(self.device) for m in self.sensors if m in batch}
     if self.decoder is None:
         raise InputError("this CSMAE has no decoder", remedy="build it with decoder='specific' or 'common'")
+    self.need('decoder')
     P, guesses, scored = self.backbone.patch_size, {}, {}
     with evaluating(self): out = self.masked_pass(batch, noises, generator)
     def pixels(mask):

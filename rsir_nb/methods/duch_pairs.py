@@ -127,7 +127,7 @@ def ramp(self:DuchPairs,
     epoch:int|None=None, # number of the epoch; the one that is being trained by default
 ) -> float: # up to 1
     "What the weights of the two terms on embeddings are multiplied with."
-    if epoch is None: epoch = self.current_epoch if self.training else self.ramp_epochs
+    if epoch is None: epoch = self.epoch if self.training else self.ramp_epochs
     return geometric_ramp(epoch, self.ramp_epochs, self.ramp_start)
 
 @patch
