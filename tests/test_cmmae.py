@@ -22,6 +22,7 @@ from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.retriever import Retriever
+from rsir_nb.engine.loop import Training
 from rsir_nb.engine.parts import load_method
 from rsir_nb.engine.train import pretrain, read_history
 from rsir_nb.methods.base import Method

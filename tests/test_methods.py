@@ -9,6 +9,7 @@ from sklearn.cross_decomposition import CCA
 
 from rsir_nb.core import METHODS, CorruptError, InputError, UnknownNameError, declare_torchvision_ops
 from rsir_nb.data.base import TensorArchive
+from rsir_nb.engine.loop import Training
 from rsir_nb.methods.base import Method
 from rsir_nb.methods.baselines import BandCCA, BandStatistics, band_statistics, canonical_correlation
 from rsir_nb.methods.csmae import CSMAE, VARIANTS
@@ -209,7 +210,7 @@ def test_weights_hash_tells_what_decides_about_codes():
 def test_what_does_not_fit_is_named(csmae):
     x = images()
     with pytest.raises(UnknownNameError, match="s3"): csmae.embed(x["s1"], "s3")
-    with pytest.raises(UnknownNameError, match="radar"): csmae.embed(dict(radar=x["s1"]))
+    with pytest.raises(InputError, match="no image of this method's sensors; found radar; wanted s1 or s2"): csmae.embed(dict(radar=x["s1"]))
     with pytest.raises(InputError, match="10: B02"): csmae.embed(x["s1"], "s2")
     with pytest.raises(InputError, match="to_grid"): csmae.embed(x["s1"][..., :20, :20], "s1")
     with pytest.raises(InputError, match="NaN"): csmae.embed(torch.full((1, 2, 24, 24), torch.nan), "s1")
@@ -312,11 +313,11 @@ def test_band_cca_finds_what_sensors_share():
 
 
 def test_weights_are_hashed_once_until_they_change(monkeypatch):
-    from rsir_nb.methods import base
+    from rsir_nb.models import fingerprint
     method, calls = METHODS.create("band_statistics", sensors=["s2"], img_size=None), []
     net = METHODS.create("csmae", sensors=["s1", "s2"], **TINY)
-    real = base.content_hash
-    monkeypatch.setattr(base, "content_hash", lambda *a: calls.append(1) or real(*a))
+    real = fingerprint.content_hash
+    monkeypatch.setattr(fingerprint, "content_hash", lambda *a: calls.append(1) or real(*a))
     first = net.weights_hash
     assert net.weights_hash == first and len(calls) == 1
     weight = next(net.parameters())
@@ -341,5 +342,5 @@ def test_weights_are_hashed_once_until_they_change(monkeypatch):
 
 def real_hash(method):
     "The name, computed anew."
-    vars(method).pop("_hashed", None)
+    vars(method)["_fingerprint"].seen = None
     return method.weights_hash
