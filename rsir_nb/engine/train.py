@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..config import group_kwargs, load_run_config, register_schema, save_config, to_dict
-from ..core import (DATASETS, METHODS, InputError, MissingFileError, RsirError, declare_torchvision_ops,
-                          folder_lock, legal_arguments, write_json)
+from ..core import (DATASETS, METHODS, InputError, MissingFileError, RsirError, folder_lock,
+                          legal_arguments, write_json)
+from ..machine import declare_torchvision_ops
 from ..data.base import Archive
 from ..data.module import ArchiveData
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepLast, RunBar,

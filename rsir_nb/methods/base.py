@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import (METHODS, CorruptError, InputError, MissingFileError, Registry, atomic_path,
-                          content_hash, declare_torchvision_ops, keep_freed_memory, legal_arguments, make_rng,
-                          read_json, unknown_name)
+                          content_hash, legal_arguments, make_rng, read_json, unknown_name)
+from ..machine import declare_torchvision_ops, keep_freed_memory
 from .inputs import InputAdapter
 from .optim import OptimConfig, make_optim, make_optimizer
 from ..sensors import Sensor
