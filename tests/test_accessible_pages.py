@@ -150,6 +150,6 @@ def test_a_planted_fault_is_found(pages, tab, rule, plant):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_words_are_legible_on_the_shade_of_a_table(theme):
     "The shade at the edge of a table that scrolls, whose contrast axe-core cannot judge."
-    from rsir_nb.html import THEMES, contrast_ratio
+    from rsir_nb.style import THEMES, contrast_ratio
     colours = THEMES[theme]
     for ink in "ink", "quiet": assert contrast_ratio(colours[ink], colours["line"]) >= 4.5

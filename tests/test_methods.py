@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.cross_decomposition import CCA
 
-from rsir_nb.core import METHODS, CorruptError, InputError, UnknownNameError, declare_torchvision_ops
+from rsir_nb.core import METHODS, CorruptError, InputError, UnknownNameError
+from rsir_nb.machine import declare_torchvision_ops
 from rsir_nb.data.base import TensorArchive
 from rsir_nb.engine.loop import Training
 from rsir_nb.methods.base import Method

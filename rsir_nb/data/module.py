@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ..core import InputError, declare_torchvision_ops, make_rng
+from ..core import InputError, make_rng
+from ..machine import declare_torchvision_ops
 from .base import Archive
 from .batches import collate
 from .transforms import random_flips

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from ..config import load_run_config, register_schema, to_dict
 from ..core import (InputError, RsirError, atomic_path, check_arguments, content_hash, folder_lock,
                           read_json, unknown_name, write_json)
-from ..data.base import Archive, check_patch
+from ..data.base import Archive
+from ..data.checks import check_patch
 from .parts import PRECISIONS, build_archive, load_method
 from ..methods.base import Method
 from ..models.rowwise import usable_device

@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import InputError, declare_torchvision_ops
+from ..core import InputError
+from ..machine import declare_torchvision_ops
 from ..data.base import Archive
 from ..methods.base import Method
 from ..methods.optim import SAM, make_optimizer

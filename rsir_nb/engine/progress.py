@@ -16,9 +16,11 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ..charts import html_figure, show_curve
-from ..core import InputError, MissingFileError, declare_torchvision_ops
+from ..core import InputError, MissingFileError
+from ..machine import declare_torchvision_ops
 from .train import pretrain, read_history
-from ..html import STYLE, html_img
+from ..html import html_img
+from ..style import STYLE
 declare_torchvision_ops()
 import pytorch_lightning as pl
 

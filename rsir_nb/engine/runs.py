@@ -16,8 +16,8 @@ import torch
 import xxhash
 from tqdm.auto import tqdm
 
-from ..core import (CorruptError, atomic_path, content_hash, declare_torchvision_ops, make_rng,
-                          read_json, write_json)
+from ..core import CorruptError, atomic_path, content_hash, make_rng, read_json, write_json
+from ..machine import declare_torchvision_ops
 declare_torchvision_ops()
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import TorchCheckpointIO

@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..config import load_run_config, save_config, to_dict
-from ..core import InputError, MissingFileError, declare_torchvision_ops, folder_lock, write_json
+from ..core import InputError, MissingFileError, folder_lock, write_json
+from ..machine import declare_torchvision_ops
 from ..data.base import Archive
 from ..data.module import ArchiveData
 from .loop import RetrievalMonitor, Training

@@ -18,7 +18,7 @@ from ..core import InputError, make_rng
 from ..engine.evaluation import arrows
 from ..engine.protocols import store_labels
 from .projection import store_vectors
-from ..html import THEMES
+from ..style import THEMES
 from ..retrieval.codes import CodeStore
 
 # %% ../../nbs/81b_gallery.labels.ipynb #cfb52f15

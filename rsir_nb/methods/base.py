@@ -18,8 +18,9 @@ from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core import (METHODS, CorruptError, InputError, Registry, atomic_path, keep_freed_memory,
-                          legal_arguments, make_rng, read_json, unknown_name)
+from ..core import (METHODS, CorruptError, InputError, Registry, atomic_path, legal_arguments,
+                          make_rng, read_json, unknown_name)
+from ..machine import keep_freed_memory
 from .inputs import InputAdapter
 from .optim import OptimConfig, make_optim
 from ..models.fingerprint import Fingerprint

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..core import InputError, Registry, check_arguments, declare_torchvision_ops, unknown_name
+from ..core import InputError, Registry, check_arguments, unknown_name
+from ..machine import declare_torchvision_ops
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'WARMUPS', 'adamw', 'adam', 'sgd', 'rmsprop', 'OptimConfig', 'make_optim', 'cosine',

@@ -9,7 +9,8 @@ __all__ = ['make_blocks', 'init_transformer', 'MultiSensorViT', 'ViTTiny', 'ViTS
 import torch
 from torch import Tensor, nn
 
-from ..core import BACKBONES, InputError, declare_torchvision_ops, unknown_name
+from ..core import BACKBONES, InputError, unknown_name
+from ..machine import declare_torchvision_ops
 declare_torchvision_ops()
 from timm.models.vision_transformer import Block
 
