@@ -67,7 +67,7 @@ def index_of(self:Searcher,
     if by == 'codes': return self.indexes[target]
     if target not in self.vectors:
         rows, x = np.flatnonzero(self.store.present(target)), self.store.embeddings[target]
-        self.vectors[target] = VectorIndex(x.shape[1], metric='cosine')
+        self.vectors[target] = VectorIndex(x.shape[1], self.store.distance)
         self.vectors[target].add(np.asarray(x[rows], np.float32), ids=rows)
     return self.vectors[target]
 
@@ -142,8 +142,9 @@ def query(self:Searcher,
     rows = self.rows_where(**filters)
     if rescore is not None: return _rescored(self, asked, target, by, k, rows, rescore, filters)
     dists, near = self.nearest(asked, target, k, by, rows)
+    told = dict(by=by) if by == 'codes' else dict(by=by, distance=self.store.distance)
     n_bits = self.store.n_bits if by == 'codes' else None
-    return _ranking(self, asked.about, target, dists, near, k, n_bits, filters, by=by)
+    return _ranking(self, asked.about, target, dists, near, k, n_bits, filters, **told)
 
 # %% ../../nbs/73_engine.search.ipynb #1d7d872e
 def _rescored(search, asked, target, by, k, rows, rescore, filters):
@@ -157,12 +158,12 @@ def _rescored(search, asked, target, by, k, rows, rescore, filters):
     bits, near = search.nearest(asked, target, k*int(rescore), by, rows)
     at = np.argsort(near)
     x = np.asarray(search.store.embeddings[target][near[at]], np.float32)
-    index = VectorIndex(x.shape[1], metric='cosine')
+    index = VectorIndex(x.shape[1], search.store.distance)
     index.add(x, ids=near[at])
     dists, found = (o[0] for o in index.search(_comparable(asked, 'embeddings'), k))
     hamming = bits[at][np.searchsorted(near[at], found)]
     return _ranking(search, asked.about, target, dists, found, k, None, filters, dict(hamming=hamming),
-                    by=f'codes, then embeddings of {len(near)}')
+                    by=f'codes, then embeddings of {len(near)}', distance=search.store.distance)
 
 # %% ../../nbs/73_engine.search.ipynb #6fae689d
 @patch

@@ -48,7 +48,7 @@ CLIP = 5.
 @METHODS.register('band_statistics', paper='none', training='fit(archive)', sensors='any')
 class BandStatistics(Method):
     "Statistics of each band, standardised over a training split: the hand-made baseline within a sensor."
-    needs_training, least_batch = False, 1
+    needs_training, least_batch, distance = False, 1, 'l2'
 
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
@@ -117,7 +117,7 @@ def fit_statistics(self:BandStatistics,
 @METHODS.register('band_quantiles', paper='none')
 class BandQuantiles(Method):
     "Deciles of each band as they are: the hand-made baseline that needs no other images."
-    needs_training, least_batch = False, 1
+    needs_training, least_batch, distance = False, 1, 'l2'
 
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
@@ -161,6 +161,8 @@ def _whitener(cov, ridge):
 @METHODS.register('band_cca', paper='Hotelling 1936', training='fit(archive)', sensors='two')
 class BandCCA(BandStatistics):
     "Canonical correlation of the band statistics of two sensors: the hand-made baseline across sensors."
+    distance = 'cosine'
+
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, two of them
         n_components:int|None=None, # length of the embedding; as long as possible by default

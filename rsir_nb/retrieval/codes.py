@@ -192,6 +192,11 @@ def ids(self:CodeStore) -> list[str]: # patch names, in the order of the codes
     "The items' names."
     return self.table['id'].astype(str).tolist()
 
+@patch(as_prop=True)
+def distance(self:CodeStore) -> str: # a name in `DISTANCES`
+    "How its embeddings are compared, as the method that made them says."
+    return self.provenance.get('distance', 'cosine')
+
 @patch
 def present(self:CodeStore,
     modality:str, # e.g. 's1'
