@@ -99,16 +99,19 @@ class Method(nn.Module):
         if not isinstance(x, Mapping): return _embed_one(self, x, modality)
         wanted = self.joint.get(modality, self.sensors if modality is None else (modality,))
         parts = {m: _embed_one(self, x[m], m) for m in wanted if m in x}
-        if not parts: raise InputError("no image of this method's sensors", found=', '.join(map(str, x)) or 'none',
-                                       wanted=' or '.join(wanted))
-        if modality is not None: return self.fused(parts, modality) if modality in self.joint else parts[modality]
-        return parts | {j: self.fused(parts, j) for j, of in self.joint.items() if any(m in parts for m in of)}
+        if not parts: raise InputError("no image of this method's sensors", wanted=' or '.join(wanted),
+                                       found=', '.join(map(str, x)) or 'none')
+        if modality in self.joint: return self.fused(parts, modality)
+        if modality is not None: return parts[modality]
+        some = [j for j, of in self.joint.items() if any(m in parts for m in of)]
+        return parts | {j: self.fused(parts, j) for j in some}
 
 # %% ../../nbs/50b_methods.base.ipynb #ddae5de4
 def _embed_one(method, x, modality):
     "Embeddings of images of one sensor."
     if modality in method.joint: raise InputError(f"{modality} is fused of several sensors",
-        found=f"images of one, {tuple(np.shape(x))}", wanted=f"a dict of {' and '.join(method.joint[modality])}")
+        found=f"images of one, {tuple(np.shape(x))}",
+        wanted=f"a dict of {' and '.join(method.joint[modality])}")
     x = method.inputs.check(x, modality, method.device)
     on_cpu = method.device.type == 'cpu'
     block, pad = (len(x), method.least_batch) if on_cpu else (method.gpu_batch, method.gpu_batch)
@@ -203,7 +206,7 @@ def step_generator(self:Method,
 def start_training(self:Method,
     train, # the training archive; a batch's `row` is a row of it
 ):
-    "Called once, before a resumed training gets its weights: the place to allocate what depends on the archive."
+    "Called once, before a resumed training gets its weights; allocate here what depends on the archive."
 
 @patch
 def start_epoch(self:Method,
@@ -227,7 +230,7 @@ def steps(self:Method,
     batch:dict, # modality -> images in raw units, (B,C,H,W)
     generator:torch.Generator|None=None, # for the random numbers, on the CPU
 ):
-    "Yield an optimiser's name and the terms it lowers, one after the other; the next is computed after its step."
+    "Yield an optimiser's name and the terms that it lowers; the next are computed after its step."
     yield 'main', self.losses(batch, generator=generator)
 
 # %% ../../nbs/50b_methods.base.ipynb #e82df175
@@ -244,8 +247,9 @@ def need(self:Method,
     part:str, # one of `training_only`
 ):
     "Raise unless `part` came with the weights."
-    if part in self.lacks: raise InputError(f"these weights came without the {part}, which only training needs",
-                                            remedy="load them from the folder of the run that trained them")
+    if part not in self.lacks: return
+    raise InputError(f"these weights came without the {part}, which only training needs",
+                     remedy="load them from the folder of the run that trained them")
 
 # %% ../../nbs/50b_methods.base.ipynb #14dadb58
 @patch

@@ -5,12 +5,11 @@
 # %% ../../nbs/50a_methods.optim.ipynb #bb898345
 from __future__ import annotations
 
-import difflib, math
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from ..core import InputError, Registry, check_arguments, unknown_name
 from ..machine import declare_torchvision_ops
@@ -187,7 +186,7 @@ class SAM(torch.optim.Optimizer):
     def step(self, closure:Callable|None=None) -> torch.Tensor: # the loss before the step
         "`closure` computes loss and gradients; it is called twice."
         if closure is None: raise InputError("SAM computes every batch twice, and got no way to do so",
-                                             remedy="trainer.precision=32 or bf16-mixed, or optim.sam_rho=null")
+            remedy="trainer.precision=32 or bf16-mixed, or optim.sam_rho=null")
         with torch.enable_grad(): loss = closure()
         params = [p for g in self.param_groups for p in g['params'] if p.grad is not None]
         with torch.no_grad():
