@@ -24,6 +24,7 @@ from torch import Tensor
 from ..core import (METHODS, CorruptError, InputError, MissingFileError, Registry, atomic_path,
                           content_hash, legal_arguments, make_rng, read_json, unknown_name)
 from ..machine import declare_torchvision_ops, keep_freed_memory
+from ..data.batches import BATCH_FACTS
 from .inputs import InputAdapter
 from .optim import OptimConfig, make_optim, make_optimizer
 from ..sensors import Sensor
@@ -123,8 +124,8 @@ class Method(pl.LightningModule):
 
 # %% ../../nbs/50b_methods.base.ipynb #ddae5de4
 def _modalities(method, batch):
-    "The sensors in a batch, which may also hold ids and labels."
-    found = [o for o in batch if o not in ('id', 'labels')]
+    "The sensors in a batch."
+    found = [o for o in batch if o not in BATCH_FACTS]
     for m in found:
         if m not in method.sensors: raise unknown_name('modality of this method', m, method.sensors)
     return found
