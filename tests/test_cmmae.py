@@ -15,7 +15,8 @@ from rsir_nb.all import import_pages
 from rsir_nb.config import load_config
 from rsir_nb.core import METHODS, CorruptError, InputError, RsirError, UnknownNameError, UnsafeFileError
 from rsir_nb.machine import declare_torchvision_ops
-from rsir_nb.data.base import TensorArchive, Vocab
+from rsir_nb.data.base import TensorArchive
+from rsir_nb.data.classes import Vocab
 from rsir_nb.data.module import ArchiveData
 from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode_run

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rsir_nb.core import InputError, MissingFileError, UnknownNameError
-from rsir_nb.data.base import Archive, Subset, TensorArchive, Vocab, concat_archives
+from rsir_nb.data.base import Archive, Subset, TensorArchive, concat_archives
+from rsir_nb.data.classes import Vocab
 from rsir_nb.data.split_lists import assign_splits, read_split_csv, read_split_csvs, split_by_place
 from rsir_nb.data.checks import check_patch, to_grid
 from rsir_nb.sensors import SENSORS

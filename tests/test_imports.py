@@ -35,6 +35,10 @@ def test_help_lists_and_mistypings_load_nothing_heavy(args):
     assert loaded_by(f"from rsir_nb.cli import main; main({args!r})") == set()
 
 
+def test_batches_need_no_lightning():
+    assert loaded_by("import rsir_nb.data.batches") & {"pytorch_lightning", "lightning_fabric", "torchmetrics", "timm"} == set()
+
+
 def test_the_number_of_modules_behind_the_help_is_small():
     code = "import sys; from rsir_nb.cli import main; main(['--help']); print('COUNT', sum(o.startswith('rsir_nb') for o in sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

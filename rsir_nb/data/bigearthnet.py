@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, MissingFileError, content_hash
-from .base import Archive, Vocab
+from .base import Archive
+from .classes import Vocab
 from .split_lists import assign_splits, read_split_csvs
 from .checks import check_patch, to_grid
 from .files import SkipList

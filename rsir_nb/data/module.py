@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ..core import InputError, make_rng
 from ..machine import declare_torchvision_ops
 from .base import Archive
-from .batches import collate
+from .batches import ArchiveRows, collate
 from .transforms import random_flips
 declare_torchvision_ops()
 import pytorch_lightning as pl
@@ -82,7 +82,7 @@ class ArchiveData(pl.LightningDataModule):
         world = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = EpochSampler(archive, self.seed, shuffle, *world)
         if shuffle: sampler.before_epoch = self.before_epoch
-        return DataLoader(_Chosen(archive, self.modalities), self.batch_size, sampler=sampler,
+        return DataLoader(ArchiveRows(archive, self.modalities), self.batch_size, sampler=sampler,
                           drop_last=shuffle and len(sampler) >= self.batch_size, collate_fn=collate,
                           num_workers=self.num_workers, persistent_workers=self.num_workers > 0,
                           pin_memory=torch.cuda.is_available(),
@@ -92,24 +92,6 @@ class ArchiveData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader|list:
         return [] if self.val is None else self._loader(self.val, False)
-
-# %% ../../nbs/19_data.module.ipynb #6518b274
-class _Chosen(Dataset):
-    "An archive's samples with only some of their modalities, each of which has to be there."
-    def __init__(self, archive, modalities):
-        self.archive, self.modalities = archive, modalities
-        self.keep = {'id', 'labels', *modalities}
-
-    def __len__(self): return len(self.archive)
-
-    def __getitem__(self, i):
-        sample = self.archive[i]
-        lost = [m for m in self.modalities if m not in sample]
-        if lost:
-            found = ', '.join(m for m in self.archive.sensors if m in sample) or 'no sensor'
-            raise InputError(f"{sample['id']} lacks {' and '.join(lost)}, which the training needs",
-                             found=found, remedy="leave it out; a store knows the sensors of its patches")
-        return {k: x for k, x in sample.items() if k in self.keep}
 
 # %% ../../nbs/19_data.module.ipynb #1d9668e2
 @patch

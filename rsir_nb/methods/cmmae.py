@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import METHODS, InputError
-from ..data.base import Vocab
+from ..data.classes import Vocab
 from ..models.rowwise import evaluating, in_blocks
 from .csmae import CSMAE
 from ..models.vit import init_transformer
