@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import io, logging, os, shutil, time, warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
