@@ -11,7 +11,7 @@ from rsir_nb.core import registered_parts
 
 HEAVY = {"torch", "pytorch_lightning", "lightning_fabric", "torchmetrics", "torchvision", "timm", "wandb", "matplotlib", "pandas",
          "numba", "rasterio", "faiss"}
-LIGHT = ["core", "typed", "config", "rundir", "sensors", "html", "charts", "show", "geo", "retrieval.codes", "retrieval.index",
+LIGHT = ["core", "typed", "machine", "plugins", "config", "rundir", "style", "sensors", "html", "charts", "show", "geo", "retrieval.codes", "retrieval.index",
          "retrieval.blocks", "retrieval.hamming", "retrieval.vectors", "retrieval.ranking", "engine.conditions", "engine.filters",
          "engine.weighted", "engine.asking", "engine.search", "engine.retriever", "options", "verbs", "verbs_codes", "verbs_pages",
          "cli", "all"]
@@ -33,6 +33,10 @@ def test_light_modules_import_nothing_heavy(module):
                                   ["query", "no/such/run", "y"]], ids=" ".join)
 def test_help_lists_and_mistypings_load_nothing_heavy(args):
     assert loaded_by(f"from rsir_nb.cli import main; main({args!r})") == set()
+
+
+def test_batches_need_no_lightning():
+    assert loaded_by("import rsir_nb.data.batches") & {"pytorch_lightning", "lightning_fabric", "torchmetrics", "timm"} == set()
 
 
 def test_the_number_of_modules_behind_the_help_is_small():

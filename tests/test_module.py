@@ -6,7 +6,8 @@ import torch
 
 from rsir_nb.core import InputError
 from rsir_nb.data.base import TensorArchive, concat_archives
-from rsir_nb.data.module import ArchiveData, EpochSampler, collate
+from rsir_nb.data.batches import collate
+from rsir_nb.data.module import ArchiveData, EpochSampler
 from rsir_nb.data.transforms import random_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -105,7 +106,9 @@ def test_only_patches_with_all_sensors():
     both = concat_archives([make(), radar])
     assert len(ArchiveData(both).train) == 20 and len(ArchiveData(both, modalities=["s1"]).train) == 24
     batch = next(ArchiveData(both, batch_size=24, modalities=["s1"]).batches())
-    assert set(batch) == {"id", "s1"}, "labels are given where all of a batch have them"
+    assert set(batch) == {"id", "s1", "target", "row"}, "labels are given where all of a batch have them"
+    assert sorted(zip(batch["row"].tolist(), batch["id"], strict=True)) == list(enumerate(both.ids))
+    assert all(batch["target"][batch["row"] >= 20] == -1) and all(batch["target"][batch["row"] < 20] >= 0)
     with pytest.raises(InputError, match="nothing to learn"): ArchiveData(both.subset(list("xyz")))
     assert [len(o["id"]) for o in ArchiveData(make(), batch_size=8).batches()] == [8, 8]
     assert [len(o["id"]) for o in ArchiveData(make(4), batch_size=8).batches()] == [4]

@@ -80,7 +80,7 @@ class Asker:
         if isinstance(query, (str, Path)): return self.ask_file(query, source, file)
         if not isinstance(query, Mapping): return self.ask_array(query, source)
         seen = [m for m in query if m in self.method.sensors and source in (None, m)]
-        known = [m for m in query if m not in ('id', 'labels')]
+        known = [m for m, x in query.items() if np.ndim(x) == 3]
         if not seen: raise unknown_name('sensor of this query', source or 'any', known)
         return self.ask_array(query[seen[0]], seen[0], str(query.get('id', 'sample')))
 

@@ -25,7 +25,7 @@ from .evaluation import Evaluation, arrows, load_evaluation
 from .latency import time_searches
 from .protocols import (Protocol, Result, System, compare, directions, get_protocol, make_index,
                                       score_direction, store_labels, tabulate)
-from .train import build_archive, build_method, split_of, trainer_config
+from .parts import build_archive, build_method, split_of, trainer_config
 from ..methods.base import Method
 from ..retrieval.codes import CodeStore
 from ..metrics.judging import LabelSets

@@ -15,7 +15,7 @@ from ..config import load_run_config, register_schema, to_dict
 from ..core import InputError, atomic_path, check_arguments, folder_lock, read_json, write_json
 from ..data.base import Archive
 from .encode import encode
-from .train import build_archive, split_of, trainer_config
+from .parts import build_archive, split_of, trainer_config
 from ..methods.base import Method
 from ..methods.hashing import train_heads
 from ..retrieval.codes import CodeStore

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, unknown_name
-from ..data.base import Vocab
+from ..data.classes import Vocab
 from ..retrieval.codes import CodeStore
 from ..retrieval.hamming import HammingIndex
 from ..retrieval.index import Index

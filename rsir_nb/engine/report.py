@@ -27,7 +27,7 @@ from .progress import loss_curves, reconstructions
 from .protocols import (Direction, System, directions, group_parts, rank_direction,
                                       store_labels)
 from .retriever import open_search
-from .train import build_archive
+from .parts import build_archive
 from ..html import Card, html_gallery, html_page, html_table
 from ..metrics.scores import get_metric
 from ..show import to_rgb

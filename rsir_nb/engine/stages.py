@@ -22,7 +22,8 @@ from .evaluate import evaluate
 from .hash import train_hash
 from .report import write_report
 from .retriever import IndexConfig, Retriever
-from .train import build_archive, load_method, pretrain
+from .parts import build_archive, load_method
+from .train import pretrain
 from ..show import to_rgb
 
 # %% ../../nbs/77_engine.stages.ipynb #9783ac26

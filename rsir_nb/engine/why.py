@@ -21,7 +21,8 @@ from ..core import InputError, atomic_path, unknown_name
 from .bits import bit_labels, bit_values, shared_bits
 from .explain import TokenMatch, match_tokens, show_match
 from .retriever import Retriever
-from ..html import STYLE, Card, html_gallery, html_img, html_page, html_table
+from ..html import Card, html_gallery, html_img, html_page, html_table
+from ..style import STYLE
 from ..show import to_rgb
 
 # %% ../../nbs/75b_engine.why.ipynb #28c38d2a

@@ -18,9 +18,9 @@ from ..core import InputError, make_rng
 from ..engine.evaluation import arrows
 from ..engine.protocols import store_labels
 from .projection import store_vectors
-from ..html import THEMES
 from ..retrieval.codes import CodeStore
 from ..retrieval.distances import make_distance
+from ..style import THEMES
 
 # %% ../../nbs/81b_gallery.labels.ipynb #cfb52f15
 def label_counts(

@@ -20,7 +20,9 @@ from .. import show
 from ..core import METHODS, InputError, legal_arguments, unknown_name
 from ..losses.contrastive import modality_discrepancy_loss, ntxent_loss, pairwise_mean
 from ..losses.reconstruction import reconstruction_loss
-from .base import HEADS, Method, evaluating, fill_weights
+from .base import HEADS, Method
+from ..models.rowwise import evaluating
+from ..models.saving import fill_weights
 from .inputs import make_sensors
 from ..models.decoder import CrossSensorDecoder
 from ..models.masking import (MASKINGS, RECONSTRUCTIONS, TokenMask, decoding_plan, make_noise,
@@ -56,6 +58,8 @@ class EmbedNorm(nn.BatchNorm1d):
                   losses='reconstruction, ntxent, modality_discrepancy')
 class CSMAE(Method):
     "Cross-sensor masked autoencoder."
+    training_only = 'decoder',
+
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
         img_size:int=120, # side of the images in pixels
@@ -241,6 +245,7 @@ def reconstruct(self:CSMAE,
     batch = {m: batch[m].to(self.device) for m in self.sensors if m in batch}
     if self.decoder is None:
         raise InputError("this CSMAE has no decoder", remedy="build it with decoder='specific' or 'common'")
+    self.need('decoder')
     P, guesses, scored = self.backbone.patch_size, {}, {}
     with evaluating(self): out = self.masked_pass(batch, noises, generator)
     def pixels(mask):

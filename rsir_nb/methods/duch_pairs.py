@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..core import METHODS, InputError, unknown_name
 from ..losses.contrastive import modality_discrepancy_loss, ntxent_loss, pairwise_mean
 from ..losses.duch import geometric_ramp, similarity_preservation_loss
-from .base import HEADS, Method, fill_weights
+from .base import HEADS, Method
+from ..models.saving import fill_weights
 from .inputs import make_sensors
 from ..models.names import LAYOUTS, Layout
 from ..models.vit import MultiSensorViT
@@ -126,7 +127,7 @@ def ramp(self:DuchPairs,
     epoch:int|None=None, # number of the epoch; the one that is being trained by default
 ) -> float: # up to 1
     "What the weights of the two terms on embeddings are multiplied with."
-    if epoch is None: epoch = self.current_epoch if self.training else self.ramp_epochs
+    if epoch is None: epoch = self.epoch if self.training else self.ramp_epochs
     return geometric_ramp(epoch, self.ramp_epochs, self.ramp_start)
 
 @patch

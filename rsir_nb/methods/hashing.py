@@ -21,7 +21,8 @@ from ..core import LOSSES, InputError
 from ..losses.contrastive import ntxent_loss, pairwise_mean, unit_vectors
 from ..losses.hashing import (bit_balance_loss, bit_decorrelation_loss, quantisation_loss,
                                     supervised_hash_loss, zero_one_loss)
-from .base import HEADS, usable_device
+from .base import HEADS
+from ..models.rowwise import usable_device
 
 # %% ../../nbs/55_methods.hashing.ipynb #1e62e650
 class HashHead(nn.Sequential):
