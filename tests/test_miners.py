@@ -9,9 +9,9 @@ from torch import nn
 
 from rsir_nb.core import LOSSES, InputError, UnknownNameError
 from rsir_nb.losses.miners import (AllPairs, DistanceWeighted, IntraRandom, MultiLabelSemiHard, SemiHard, ShuffledLabels,
-                                   distance_probabilities, draw, graded_triplets, semi_hard_candidates)
-from rsir_nb.losses.pairs import (MINERS, as_vectors, check_batch, distances, shared_labels, make_loss, make_miner, pair_masks,
-                                  relations, to_pairs, to_triplets)
+                                   distance_probabilities, draw_per_row, graded_triplets, semi_hard_candidates)
+from rsir_nb.losses.pairs import (MINERS, as_vectors, check_batch, shared_labels, make_loss, make_miner, pair_masks,
+                                  relations, to_pairs, to_triplets, vector_distances)
 
 NAMES = ["all_pairs", "semi_hard", "distance_weighted", "multi_label_semi_hard", "intra_random", "shuffled_labels"]
 
@@ -68,9 +68,9 @@ def test_squares_of_pairs_and_back():
 def test_distances_and_their_gradient():
     x = as_vectors(embeddings(d=5)).double().requires_grad_()
     other = as_vectors(embeddings(n=7, d=5, seed=1)).double()
-    torch.testing.assert_close(distances(x, other), torch.cdist(x, other), rtol=1e-6, atol=1e-6)
-    assert torch.autograd.gradcheck(lambda o: distances(o, other), x[:3].detach().requires_grad_())
-    distances(torch.cat([x, x])).sum().backward()
+    torch.testing.assert_close(vector_distances(x, other), torch.cdist(x, other), rtol=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda o: vector_distances(o, other), x[:3].detach().requires_grad_())
+    vector_distances(torch.cat([x, x])).sum().backward()
     assert x.grad.isfinite().all()
 
 
@@ -91,7 +91,7 @@ def test_what_is_no_pairs(pairs):
 
 def test_draws_have_their_probabilities():
     weights = torch.tensor([0.0, 2, 0, 1, 5, 0])
-    counts = torch.bincount(draw(weights.repeat(80_000, 1), rng()), minlength=6)
+    counts = torch.bincount(draw_per_row(weights.repeat(80_000, 1), rng()), minlength=6)
     assert not counts[weights == 0].any()
     expected = weights / weights.sum() * 80_000
     chi2 = ((counts - expected) ** 2 / expected.clamp(min=1))[weights > 0].sum()
@@ -103,7 +103,7 @@ def test_the_ends_of_the_random_numbers_draw_nothing_impossible(u, monkeypatch):
     weights = torch.rand(50, 700, generator=rng()) * (torch.rand(50, 700, generator=rng(1)) < 0.5)
     monkeypatch.setattr(torch, "rand", lambda *size, generator=None: torch.full(size, u))
     weights[:, [0, -1]] = 0
-    assert (weights.gather(1, draw(weights)[:, None]) > 0).all()
+    assert (weights.gather(1, draw_per_row(weights)[:, None]) > 0).all()
 
 
 # miners -------------------------------------------------------------------------------------------

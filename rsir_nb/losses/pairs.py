@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINERS', 'check_batch', 'shared_labels', 'relations', 'to_pairs', 'to_triplets', 'pair_masks', 'as_vectors',
-           'distances', 'make_loss', 'make_miner']
+           'vector_distances', 'make_loss', 'make_miner']
 
 # %% ../../nbs/34_losses.pairs.ipynb #9dbf7eb7
 import inspect
@@ -108,7 +108,7 @@ def as_vectors(
     if normalise: return unit_vectors(z)
     return z if z.dtype == torch.float64 else z.float()
 
-def distances(
+def vector_distances(
     x:Tensor, # vectors, (B,D)
     y:Tensor|None=None, # other vectors, (N,D); `x` by default
 ) -> Tensor: # (B,N), 1e-4 or more
