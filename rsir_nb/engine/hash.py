@@ -106,7 +106,8 @@ def train_heads(
     means = EpochMeans()
     fit_method(learner, archive, None, o, seed, folder, 'hash heads', progress, [means])
     history = pd.DataFrame(means.rows)
-    if folder is not None: history = read_history(folder).groupby('epoch')[list(history)].mean().reset_index(drop=True)
+    if folder is not None: # a resumed training has its first epochs in the file
+        history = read_history(folder).groupby('epoch')[list(history)].mean().reset_index(drop=True)
     return HashTraining(learner.heads.cpu().eval().requires_grad_(False), history)
 
 # %% ../../nbs/72_engine.hash.ipynb #6b88638b

@@ -69,8 +69,8 @@ class KeepEpochs(pl.Callback):
         mode:str='min', # whether the best is the lowest ('min') or the highest ('max')
         every:int=1, # epochs from one validation to the next
     ):
-        self.folder, self.monitor, self.sign, self.every = Path(folder), monitor, -1 if mode == 'max' else 1, every
-        self.best = None
+        self.folder, self.monitor, self.every = Path(folder), monitor, every
+        self.sign, self.best = -1 if mode == 'max' else 1, None
 
     def on_train_epoch_end(self, trainer, module):
         epoch = trainer.current_epoch

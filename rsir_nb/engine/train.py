@@ -117,7 +117,8 @@ def _finish(method, run_dir, seconds, best):
     "Save the trained method; the run is done once the last line is written."
     method.cpu().save(run_dir/'method')
     told = {} if best is None else dict(best_epoch=best['epoch'], monitor=best['name'], value=best['value'])
-    write_json(run_dir/'finished.json', dict(weights_hash=method.weights_hash, seconds=round(seconds, 1), **told))
+    write_json(run_dir/'finished.json', dict(weights_hash=method.weights_hash, seconds=round(seconds, 1),
+                                             **told))
 
 def _fit(method, archive, cfg, run_dir, progress, callbacks):
     "Train on the splits that the config names."
@@ -148,7 +149,8 @@ def fit_method(
     if o.patience: callbacks.append(StopEarly(monitor, mode=mode, patience=o.patience))
     if progress: callbacks.append(RunBar(name))
     if folder is not None:
-        keep, last = KeepEpochs(Path(folder)/'checkpoints', monitor, mode, o.every), Path(folder)/'checkpoints'
+        last = Path(folder)/'checkpoints'
+        keep = KeepEpochs(last, monitor, mode, o.every)
         callbacks += [CsvLog(Path(folder)/'metrics.csv', o.log_every), keep]
     with quiet_lightning():
         trainer = make_trainer(o, method.optim.epochs, callbacks, loggers)
@@ -186,7 +188,8 @@ def _take_best(method, keep, epochs):
     "Give the method the weights of its best epoch; None where no epoch was validated."
     if keep.best is None: return None
     state = CheckedCheckpoints().load_checkpoint(keep.best_path)['state_dict']
-    method.load_state_dict({k.removeprefix('method.'): v for k, v in state.items() if k.startswith('method.')})
+    own = {k.removeprefix('method.'): v for k, v in state.items() if k.startswith('method.')}
+    method.load_state_dict(own)
     log.info("the weights are those of epoch %d of %d, the best by %s: %.4g", keep.best['epoch'] + 1, epochs,
              keep.best['name'], keep.best['value'])
     return keep.best
