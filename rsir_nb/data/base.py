@@ -138,6 +138,18 @@ class TensorArchive(Archive):
 
     def read(self, i:int) -> dict[str, Tensor]: return {m: x[i] for m, x in self.arrays.items()}
 
+# %% ../../nbs/10_data.base.ipynb #8fec12a1
+@patch
+def batch(self:TensorArchive,
+    rows:Sequence[int], # B row numbers
+) -> dict: # as `collate` makes it of the samples
+    "Several samples at once."
+    at, facts = torch.as_tensor(rows), [self.classes_of(i) for i in rows]
+    arrays = {m: torch.as_tensor(x)[at].float() for m, x in self.arrays.items()}
+    shared = [k for k in facts[0] if all(k in o for o in facts)] if facts else []
+    return dict(id=[self.ids[i] for i in rows], row=at, **arrays,
+                **{k: torch.stack([o[k] for o in facts]) for k in shared})
+
 # %% ../../nbs/10_data.base.ipynb #89f53e59
 @patch
 def class_counts(self:Archive) -> np.ndarray: # (L,) int64, in the order of `vocab`

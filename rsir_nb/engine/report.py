@@ -29,7 +29,7 @@ from .protocols import (Direction, System, directions, group_parts, rank_directi
 from .retriever import open_search
 from .parts import build_archive
 from ..html import Card, html_gallery, html_page, html_table
-from ..metrics.scores import METRICS
+from ..metrics.scores import get_metric
 from ..show import to_rgb
 
 # %% ../../nbs/76_engine.report.ipynb #a32a8721
@@ -121,8 +121,9 @@ def _protocol_scores(evaluation):
     mine = t[t.k == k].copy()
     mine['text'] = [f"{o.value:.3f} ({o.ci_low:.3f} to {o.ci_high:.3f})" for o in mine.itertuples()]
     table = mine.pivot(index='metric', columns='direction', values='text').loc[mine.metric.unique()]
-    words = ''.join(f"<dt>{escape(m)}</dt><dd>{escape(f'{METRICS[m].definition}. {METRICS[m].source}.')}</dd>"
-                    for m in mine.metric.unique())
+    known = [get_metric(o) for o in mine.metric.unique()]
+    words = ''.join(f"<dt>{escape(m.name)}</dt><dd>{escape(f'{m.definition}. {m.source}.')}</dd>"
+                    for m in known)
     sizes = mine[['n_queries', 'n_places']].drop_duplicates()
     counts = '; '.join(f"{o.n_queries:,} queries of {o.n_places:,} places" for o in sizes.itertuples())
     return (f"<h2>All scores</h2>\n<p>In each direction {counts}. Other depths are in scores.csv.</p>\n"

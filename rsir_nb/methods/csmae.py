@@ -27,7 +27,7 @@ from .inputs import make_sensors
 from ..models.decoder import CrossSensorDecoder
 from ..models.masking import (MASKINGS, RECONSTRUCTIONS, TokenMask, decoding_plan, make_noise,
                                     masking_plan, random_masking)
-from ..models.patches import patchify, unpatchify
+from ..models.patches import patchify, token_side, unpatchify
 from ..models.names import LAYOUTS
 from ..models.vit import MultiSensorViT
 from ..models.weights import load_published
@@ -63,7 +63,7 @@ class CSMAE(Method):
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
         img_size:int=120, # side of the images in pixels
-        patch_size:int=15, # side of a token in pixels; divides `img_size`
+        patch_size:int|None=15, # side of a token in pixels, divides `img_size`; None for the one nearest 15
         embed_dim:int=768, # width of the encoder, and length of the embedding
         num_heads:int=12, # attention heads of the encoder
         specific_depth:int=10, # encoder blocks that each sensor has for itself
@@ -93,6 +93,7 @@ class CSMAE(Method):
         depths = specific_depth, shared_depth
         _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths)
         chans = {m: s.in_chans for m, s in self.sensors.items()}
+        patch_size = token_side(img_size) if patch_size is None else patch_size
         self.backbone = MultiSensorViT(chans, img_size, patch_size, embed_dim, num_heads, specific_depth,
                                        shared_depth, mlp_ratio, global_pool)
         sizes = dict(embed_dim=decoder_embed_dim, depth=decoder_depth, num_heads=decoder_num_heads)

@@ -14,7 +14,7 @@ from ..machine import declare_torchvision_ops
 declare_torchvision_ops()
 from timm.models.vision_transformer import Block
 
-from .patches import PatchEmbed, sincos_pos_embed
+from .patches import PatchEmbed, sincos_pos_embed, token_side
 
 # %% ../../nbs/22_models.vit.ipynb #2dcbb22e
 def make_blocks(
@@ -105,8 +105,9 @@ class MultiSensorViT(nn.Module):
 def _check_sizes(in_chans, img_size, patch_size, global_pool):
     if not in_chans: raise InputError("a model needs a sensor", wanted="in_chans such as dict(s1=2, s2=10)")
     if img_size % patch_size:
-        raise InputError("tokens do not fill the image", wanted="a patch_size that divides img_size",
-                         found=f"img_size {img_size}, patch_size {patch_size}")
+        raise InputError("tokens do not fill the image", found=f"img_size {img_size}, patch_size {patch_size}",
+                         wanted="a patch_size that divides img_size",
+                         remedy=f"patch_size {token_side(img_size, patch_size)}, or null for the one nearest 15")
     pools = 'avg', 'max', 'token'
     if global_pool not in pools: raise unknown_name('global_pool', global_pool, pools)
 

@@ -1,0 +1,94 @@
+"""Multi-label metric learning (CV4RS): miners and losses.
+
+The published miners draw with numpy's legacy generator, image by image. Here the candidates and probabilities come from
+the package and the draws from the same generator, so that the triplets have to be the published ones.
+"""
+import numpy as np
+import torch
+from parity import check
+from parity_cases.csmae import tensor
+
+from rsir_nb.losses.miners import distance_probabilities, graded_triplets, semi_hard_candidates
+from rsir_nb.losses.pairs import relations
+
+
+def padded(mask, width):
+    "Numbers of the true entries of each row, filled up with -1."
+    rows = [np.flatnonzero(o)[:width] for o in mask.numpy()]
+    return np.stack([np.pad(o, (0, width - len(o)), constant_values=-1) for o in rows])
+
+
+def compare_triplets(case, triplets, prefix=""):
+    for name, values in zip(("anchors", "positives", "negatives"), np.array(triplets).T, strict=True):
+        case.compare(prefix + name, values, like="selected")
+
+
+@check("cv4rs.miner_semihard")
+def semi_hard(case):
+    z = tensor(case, "features")
+    for prefix, name in (("", "labels"), ("singleton.", "labels_with_singleton")):
+        positives, negatives = semi_hard_candidates(z, tensor(case, name))
+        rng, found = np.random.RandomState(case.constant("numpy_seed")), []
+        for i in torch.where(positives.any(1))[0].tolist():
+            p = rng.choice(np.flatnonzero(positives[i]))
+            found.append((i, p, rng.choice(np.flatnonzero(negatives[i]))))
+        compare_triplets(case, found, prefix)
+        if prefix: continue
+        for kind, mask in (("positive", positives), ("negative", negatives)):
+            name = f"{kind}_candidates"
+            case.compare(name, padded(mask, case.output(name).shape[1]))
+
+
+def drawn_by_distance(labels, weights, rng):
+    "Anchor, positive and negative of each image that has a positive, drawn as published."
+    same = relations(labels)[0].numpy()
+    return [(i, rng.choice(np.flatnonzero(same[i])), rng.choice(len(same), p=weights[i])) for i in range(len(same)) if same[i].any()]
+
+
+@check("cv4rs.miner_distance")
+def distance_weighted(case):
+    z, y = tensor(case, "features"), tensor(case, "labels")
+    lower = case.constant("lower_cutoff")
+    weights = distance_probabilities(z, y, lower, upper=None)
+    case.compare("negative_probabilities", weights, like="probabilities")
+    case.compare("positive_candidates", padded(relations(y)[0], case.output("positive_candidates").shape[1]))
+    compare_triplets(case, drawn_by_distance(y, weights.numpy(), np.random.RandomState(case.constant("numpy_seed"))))
+    longer = distance_probabilities(2.5 * z, y, lower, upper=None)[0]
+    case.divergent("unnormalised_features.probabilities_anchor0", longer, case.output("negative_probabilities")[0], rtol=1e-4, atol=1e-7,
+                   reason="the published code gives NaN for vectors that are not of length 1; here lengths do not count")
+
+
+@check("cv4rs.miner_random")
+def random_miners(case):
+    z, y = tensor(case, "features"), tensor(case, "labels")
+    rng = np.random.RandomState(case.constant("numpy_seed"))
+    order = rng.choice(len(y), len(y), replace=False)
+    case.compare("label_permutation", order)
+    other = y[torch.from_numpy(order)]
+    weights = distance_probabilities(z, other, upper=None)
+    case.compare("random_distance.negative_probabilities", weights, like="probabilities")
+    compare_triplets(case, drawn_by_distance(other, weights.numpy(), rng), "random_distance.")
+    rng, members = np.random.RandomState(case.constant("numpy_seed")), {c: np.flatnonzero(y == c) for c in y.unique().tolist()}
+    found = [rng.choice(members[c], 3, replace=True) for c in rng.choice(list(members), len(y), replace=True)]
+    compare_triplets(case, found, "intra_random.")
+
+
+@check("cv4rs.miner_multilabel")
+def multi_label(case):
+    bounds, drawn = [], iter(case.output("randint_results").tolist())
+    k = case.constant("max_negatives_per_pos")
+
+    def choose(numbers):
+        out = torch.zeros(len(numbers), k, dtype=torch.long)
+        for row, n in zip(out, numbers.tolist(), strict=True):
+            for i in range(min(k, n)):
+                bounds.append(n)
+                row[i] = next(drawn)
+        return out
+
+    triplets, fine = graded_triplets(tensor(case, "features"), tensor(case, "labels"), choose, k, case.constant("max_trips_per_anchor"))
+    compare_triplets(case, torch.stack(triplets, 1).numpy())
+    case.compare("kind", fine.long())
+    case.compare("randint_upper_bounds", np.array(bounds))
+    case.compare("randint_results", np.random.RandomState(case.constant("numpy_seed")).randint(0, np.array(bounds)))
+    assert next(drawn, None) is None, "draws are left over"
