@@ -8,6 +8,7 @@ import torch
 from parity import check
 from parity_cases.csmae import tensor
 
+from rsir_nb.losses.metric import LabelLoss, MarginLoss
 from rsir_nb.losses.miners import distance_probabilities, graded_triplets, semi_hard_candidates
 from rsir_nb.losses.pairs import relations
 
@@ -92,3 +93,32 @@ def multi_label(case):
     case.compare("randint_upper_bounds", np.array(bounds))
     case.compare("randint_results", np.random.RandomState(case.constant("numpy_seed")).randint(0, np.array(bounds)))
     assert next(drawn, None) is None, "draws are left over"
+
+
+@check("cv4rs.margin_loss")
+def margin_loss(case):
+    y, triplets = tensor(case, "labels"), tuple(tensor(case, "triplets").T)
+    common = dict(margin=case.constant("margin"), boundary=case.constant("beta"), penalty=case.constant("nu"), normalise=False)
+    made = dict(trainable_scalar=MarginLoss(**common), fixed=MarginLoss(**common, learn=False),
+                trainable_per_class=MarginLoss(**common, per_class=True, n_classes=int(y.max()) + 1))
+    made["trainable_per_class"].boundary.data = tensor(case, "class_betas")
+    for name in {o.rpartition(".")[0] for o in case.output_names()} - {*made, "inactive"}:   # fixed_beta0.9_margin0.4
+        beta, margin = (float(o) for o in name.removeprefix("fixed_beta").split("_margin"))
+        made[name] = MarginLoss(margin, beta, learn=False, normalise=False)
+    for name, loss in made.items():
+        z = tensor(case, "features").requires_grad_()
+        value = loss(z, y, triplets)
+        value.backward()
+        case.compare(f"{name}.loss", value.detach())
+        case.compare(f"{name}.grad_features", z.grad)
+        if name.startswith("trainable"): case.compare(f"{name}.grad_beta", loss.boundary.grad)
+    far, triplets = tensor(case, "inactive.features"), tuple(tensor(case, "inactive.triplets").T)
+    case.compare("inactive.loss", made["trainable_scalar"](far, torch.zeros(len(far), dtype=torch.long), triplets).detach())
+
+
+@check("cv4rs.bce_loss")
+def label_loss(case):
+    weight = tensor(case, "weight")
+    loss = LabelLoss(weight.shape[1], weight.shape[0])
+    loss.classifier.load_state_dict(dict(weight=weight, bias=tensor(case, "bias")))
+    case.compare("loss", loss(tensor(case, "features"), tensor(case, "labels")).detach())
