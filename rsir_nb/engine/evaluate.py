@@ -151,7 +151,7 @@ def _encoded(name, cfg, archive, protocol, folder, progress):
         archive = concat_archives([archive.split(s) for s in dict.fromkeys([o.query, o.archive])])
     path, across = folder/f'{name}_{o.query}_{o.archive}', not isinstance(method.embed_dim, Mapping)
     store = encode(method, archive, path, progress=progress, **to_dict(cfg.encode))
-    return System(name, store, 'float', getattr(method, 'distance', 'cosine'), across)
+    return System(name, store, 'float', method.distance, across)
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,6 @@ from .retriever import open_search
 from .parts import build_archive
 from ..html import Card, html_gallery, html_page, html_table
 from ..metrics.scores import get_metric
-from ..show import to_rgb
 
 # %% ../../nbs/76_engine.report.ipynb #a32a8721
 SYSTEM_NAMES = dict(band_statistics='band statistics', band_cca='canonical correlation of band statistics',
@@ -171,7 +170,7 @@ def _card(archive, table, row, modality, relevance=None, distance=None):
     "One patch with its labels as caption and alternative text."
     name, names = table['id'].iloc[row], table['labels'].iloc[row]
     names = ', '.join(names) if names is not None and len(names) else 'no labels'
-    rgb = to_rgb(archive[str(name)][modality], archive.sensors[modality].bands)
+    rgb = archive.picture(str(name), modality)
     return Card(rgb, f"{modality.upper()} patch: {names}", names, relevance, distance)
 
 def _spread(rows, n):
