@@ -10,6 +10,7 @@ from parity_cases.csmae import tensor
 
 from rsir_nb.losses.boosting import BinomialDevianceLoss, DecorrelationLoss, norm_penalty, split_parts
 from rsir_nb.losses.metric import LabelLoss, MarginLoss
+from rsir_nb.losses.memory import FastMoCoLoss, MemoryNCALoss
 from rsir_nb.losses.miners import distance_probabilities, graded_triplets, semi_hard_candidates
 from rsir_nb.losses.pairs import relations
 
@@ -199,3 +200,45 @@ def boosted_total(case):
     case.compare("adv_weight", penalty)
     case.compare("embed_weight", embed)
     case.compare("Train", deviance + case.constant("lambda_div") * (found + case.constant("lambda_weight") * (penalty + embed)))
+
+
+@check("cv4rs.nca_memory")
+def memory_nca(case):
+    y, memory, rows = (tensor(case, o) for o in ("multi_hot_labels", "memory", "indexes"))
+    for name, margin in case.constant("margin").items():
+        loss = MemoryNCALoss(*memory.shape, y.shape[1], temperature=case.constant("temperature"), momentum=case.constant("momentum"),
+                             margin=margin, normalise=False)
+        loss.update(memory, y, torch.arange(len(memory)))
+        z = tensor(case, "embeddings").requires_grad_()
+        case.compare(f"{name}.similarity", loss.similarity(z).detach())
+        value = loss(z, y[rows], rows=rows)
+        value.backward()
+        case.compare(f"{name}.loss", value.detach())
+        case.compare(f"{name}.grad_embeddings", z.grad)
+        loss.update(z, y[rows], rows)
+        case.compare(f"{name}.memory_after_backward", loss.memory)
+
+
+@check("cv4rs.fast_moco_loss")
+def fast_moco(case):
+    queue = tensor(case, "queue")
+
+    def made(queue=queue, normalise=False, **changes):
+        kwargs = dict(temperature=case.constant("temperature"), lower=case.constant("lower_cutoff"), upper=case.constant("upper_cutoff"))
+        loss = FastMoCoLoss(queue.shape[1], len(queue), **{**kwargs, **changes}, normalise=normalise)
+        loss.queue.copy_(queue)
+        loss.filled.fill_(len(queue))
+        return loss
+
+    q, k, loss = tensor(case, "query").requires_grad_(), tensor(case, "key").requires_grad_(), made()
+    value = loss(q, keys=k)
+    value.backward()
+    case.compare("loss", value.detach())
+    case.compare("grad_query", q.grad)
+    case.compare("grad_key", k.grad)
+    loss.update(k)
+    case.compare("queue_after_update", loss.queue)
+    for name in (o for o in case.output_names() if o.startswith("loss_temperature")):
+        case.compare(name, made(temperature=float(name.removeprefix("loss_temperature")))(q, keys=k).detach())
+    case.divergent("loss_unnormalised_queue", made(3 * queue, normalise=True)(q, keys=k).detach(), case.output("loss"), rtol=1e-4,
+                   reason="the published code gives NaN for a queue of vectors that are not of length 1; here lengths do not count")
