@@ -200,7 +200,8 @@ def make_data(
 ) -> ArchiveData: # batches for Lightning
     "The batches of a training."
     return ArchiveData(train, val, batch_size=o.batch_size, num_workers=o.num_workers, seed=seed,
-                       augment=o.augment, modalities=list(method.sensors), sampler=o.sampler or method.sampler)
+                       augment=o.augment, modalities=list(method.sensors),
+                       sampler=o.sampler or method.sampler)
 
 # %% ../../nbs/70d_engine.train.ipynb #d5114fbb
 def make_trainer(
