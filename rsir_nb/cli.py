@@ -213,7 +213,10 @@ def evaluate_command(
     if shown(cfg.evaluate, dry_run): return
     found = evaluate(run, **changes_of(cfg, changes, 'evaluate'))
     print(found.summary().to_string(index=False))
-    print(f"95 % intervals by bootstrap over places; mAP over {found.depth}; ms: one search for one query.\n")
+    print(f"95 % intervals by bootstrap over places; {found.told}; ms: one search for one query.\n")
+    if found.headline == 'map' and found.partners is not None:
+        print("The other sensor's image of the same patch:")
+        print(f"{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
     return found
 
@@ -223,7 +226,7 @@ def compare_command(
     run_a:RunFolder, # an evaluated run
     run_b:RunFolder, # another, evaluated on the same queries
     protocol:ProtocolName=None, # rules; those of the first by default
-    metric:Annotated[str, typer.Option(help="map, precision, recall, ndcg, ...")]='map', # what counts
+    metric:Annotated[str, typer.Option(help="map (without labels partner_r), ndcg, ...")]=None, # what counts
     k:Annotated[int, typer.Option('--k', '-k', help="Depth; the deepest by default.")]=None, # where
     csv:Annotated[Path, typer.Option(help="Write the table.")]=None, # to here
 ):

@@ -10,7 +10,7 @@ from torch import nn
 from rsir_nb.core import LOSSES, InputError, UnknownNameError
 from rsir_nb.losses.miners import (AllPairs, DistanceWeighted, IntraRandom, MultiLabelSemiHard, SemiHard, ShuffledLabels,
                                    distance_probabilities, draw_per_row, graded_triplets, semi_hard_candidates)
-from rsir_nb.losses.pairs import (MINERS, as_vectors, check_batch, shared_labels, make_loss, make_miner, pair_masks,
+from rsir_nb.losses.pairs import (MINERS, as_vectors, check_batch, shared_labels, make_loss, make_miner, pair_counts,
                                   relations, to_pairs, to_triplets, vector_distances)
 
 NAMES = ["all_pairs", "semi_hard", "distance_weighted", "multi_label_semi_hard", "intra_random", "shuffled_labels"]
@@ -61,8 +61,8 @@ def test_images_without_labels_take_part_in_nothing():
 def test_squares_of_pairs_and_back():
     y = several()
     a1, p, a2, n = to_pairs(None, y)
-    same, different = pair_masks((a1.repeat(2), p.repeat(2), a2, n), y)
-    assert torch.equal(same, relations(y)[0]) and torch.equal(different, relations(y)[1])
+    same, different = pair_counts((a1.repeat(2), p.repeat(2), a2, n), y)
+    assert torch.equal(same, 2.0 * relations(y)[0]) and torch.equal(different, relations(y)[1].float())
 
 
 def test_distances_and_their_gradient():

@@ -11,8 +11,8 @@ from rsir_nb.data.classes import Vocab
 from rsir_nb.engine import evaluate as page
 from rsir_nb.engine.evaluate import EvaluateConfig, evaluate_store
 from rsir_nb.engine.evaluation import load_evaluation
-from rsir_nb.engine.protocols import (Protocol, System, directions, rank_direction, score_direction,
-                                      store_labels)
+from rsir_nb.engine.protocols import Protocol, System, directions, rank_direction, store_labels
+from rsir_nb.engine.scoring import score_direction
 from rsir_nb.retrieval.codes import CodeStore
 
 CLASSES = list("ABCDEFG")

@@ -182,6 +182,19 @@ def coverage(self:Archive) -> str: # e.g. 's1 2, s2 6, all of them 2 of 6 patche
     if len(counts) > 1: counts.append(f"all of them {int(self.has(*self.sensors).sum()):,}")
     return f"{', '.join(counts)} of {len(self):,} patches"
 
+# %% ../../nbs/10_data.base.ipynb #e05ddff9
+@patch
+def picture(self:Archive,
+    key:int|str, # a patch's number or id
+    modality:str, # a sensor, or a fusion of sensors
+) -> np.ndarray: # (H,W,3), floats 0..1
+    "The patch `key` in colours."
+    patch = self[key]
+    m = modality if modality in self.sensors else next((o for o in self.sensors if o in patch), modality)
+    if m not in patch: raise InputError(f"{patch['id']} has no picture of {modality}",
+                                        found=', '.join(o for o in self.sensors if o in patch) or 'no sensor')
+    return to_rgb(patch[m], self.sensors[m].bands)
+
 # %% ../../nbs/10_data.base.ipynb #bb9ceb13
 @patch
 def _repr_markdown_(self:Archive):

@@ -119,16 +119,24 @@ class Training(pl.LightningModule):
 
     def on_train_batch_end(self, outputs, batch:dict, batch_idx:int): self.method.after_step(batch)
 
-    def validation_step(self, batch:dict, batch_idx:int):
-        terms = self.method.losses(batch, generator=self.method.step_generator('val', 0, batch_idx))
-        self.log_dict({f'val/{k}': v.detach() for k, v in terms.items()}, on_epoch=True, sync_dist=True,
-                      batch_size=_size(self.method, batch))
-        if self.monitor: self.monitor.add(batch['row'], self.method.embed(batch))
+# %% ../../nbs/70a_engine.loop.ipynb #3acd4e9b
+@patch
+def validation_step(self:Training,
+    batch:dict, # modality -> images in raw units, (B,C,H,W)
+    batch_idx:int, # number of the batch
+):
+    "Log the terms as `val/<name>`, and keep the embeddings where they are scored."
+    terms = self.method.losses(batch, generator=self.method.step_generator('val', 0, batch_idx))
+    self.log_dict({f'val/{k}': v.detach() for k, v in terms.items()}, on_epoch=True, sync_dist=True,
+                  batch_size=_size(self.method, batch))
+    if self.monitor: self.monitor.add(batch['row'], self.method.embed(batch))
 
-    def on_validation_epoch_end(self):
-        if not (self.monitor and self.monitor.parts): return
-        scores = self.monitor.scores(self.method.distance)
-        self.log_dict({f'val/{k}': float(v) for k, v in scores.items()}, sync_dist=False)
+@patch
+def on_validation_epoch_end(self:Training):
+    "Score the embeddings of the whole split."
+    if not (self.monitor and self.monitor.parts): return
+    scores = self.monitor.scores(self.method.distance)
+    self.log_dict({f'val/{k}': float(v) for k, v in scores.items()}, sync_dist=False)
 
 # %% ../../nbs/70a_engine.loop.ipynb #b87703f7
 def _size(method, batch): return len(next(batch[m] for m in method.sensors if m in batch))

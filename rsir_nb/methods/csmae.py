@@ -90,8 +90,7 @@ class CSMAE(Method):
         **kwargs, # further arguments of `Method`: optim, seed, band_orders, transpose
     ):
         super().__init__(sensors, img_size=img_size, norm=norm, **kwargs)
-        depths = specific_depth, shared_depth
-        _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths)
+        _check(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, (specific_depth, shared_depth))
         chans = {m: s.in_chans for m, s in self.sensors.items()}
         patch_size = token_side(img_size) if patch_size is None else patch_size
         self.backbone = MultiSensorViT(chans, img_size, patch_size, embed_dim, num_heads, specific_depth,
@@ -99,12 +98,11 @@ class CSMAE(Method):
         sizes = dict(embed_dim=decoder_embed_dim, depth=decoder_depth, num_heads=decoder_num_heads)
         self.decoder = decoder and CrossSensorDecoder(chans, embed_dim, self.backbone.grid, patch_size,
                                                       decoder, mlp_ratio=mlp_ratio, **sizes)
-        self.masking, self.reconstruction, self.mask_ratio = masking, reconstruction, mask_ratio
-        self.decode_ratio = decode_ratio
+        self.masking, self.reconstruction = masking, reconstruction
+        self.mask_ratio, self.decode_ratio, self.embed_dim = mask_ratio, decode_ratio, embed_dim
         self.embed_norms = embed_norm and nn.ModuleDict({m: EmbedNorm(embed_dim) for m in self.sensors})
         self.temperature, self.kind, self.norm_pix = temperature, reconstruction_loss, norm_pix
         self.weights = dict(umr=umr_weight, cmr=cmr_weight, mim=mim_weight, mde=mde_weight)
-        self.embed_dim = embed_dim
         self.least_batch = -(-Method.least_batch // (self.backbone.n_tokens + 1))
 
     def encode(self, x:Tensor, modality:str) -> Tensor:
@@ -117,7 +115,7 @@ class CSMAE(Method):
         return self.embed_norms[modality](z) if self.embed_norms else z
 
 # %% ../../nbs/51_methods.csmae.ipynb #9b56a273
-def _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths):
+def _check(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths):
     for what, name, legal in (('masking strategy', masking, MASKINGS),
                               ('reconstruction strategy', reconstruction, RECONSTRUCTIONS),
                               ('embed_norm', embed_norm, (None, 'batch'))):

@@ -8,6 +8,9 @@ import torch
 from parity import check
 from parity_cases.csmae import tensor
 
+from rsir_nb.losses.boosting import BinomialDevianceLoss, DecorrelationLoss, norm_penalty, split_parts
+from rsir_nb.losses.metric import LabelLoss, MarginLoss
+from rsir_nb.losses.memory import FastMoCoLoss, MemoryNCALoss
 from rsir_nb.losses.miners import distance_probabilities, graded_triplets, semi_hard_candidates
 from rsir_nb.losses.pairs import relations
 
@@ -92,3 +95,150 @@ def multi_label(case):
     case.compare("randint_upper_bounds", np.array(bounds))
     case.compare("randint_results", np.random.RandomState(case.constant("numpy_seed")).randint(0, np.array(bounds)))
     assert next(drawn, None) is None, "draws are left over"
+
+
+@check("cv4rs.margin_loss")
+def margin_loss(case):
+    y, triplets = tensor(case, "labels"), tuple(tensor(case, "triplets").T)
+    common = dict(margin=case.constant("margin"), boundary=case.constant("beta"), penalty=case.constant("nu"), normalise=False)
+    made = dict(trainable_scalar=MarginLoss(**common), fixed=MarginLoss(**common, learn=False),
+                trainable_per_class=MarginLoss(**common, per_class=True, n_classes=int(y.max()) + 1))
+    made["trainable_per_class"].boundary.data = tensor(case, "class_betas")
+    for name in {o.rpartition(".")[0] for o in case.output_names()} - {*made, "inactive"}:   # fixed_beta0.9_margin0.4
+        beta, margin = (float(o) for o in name.removeprefix("fixed_beta").split("_margin"))
+        made[name] = MarginLoss(margin, beta, learn=False, normalise=False)
+    for name, loss in made.items():
+        z = tensor(case, "features").requires_grad_()
+        value = loss(z, y, triplets)
+        value.backward()
+        case.compare(f"{name}.loss", value.detach())
+        case.compare(f"{name}.grad_features", z.grad)
+        if name.startswith("trainable"): case.compare(f"{name}.grad_beta", loss.boundary.grad)
+    far, triplets = tensor(case, "inactive.features"), tuple(tensor(case, "inactive.triplets").T)
+    case.compare("inactive.loss", made["trainable_scalar"](far, torch.zeros(len(far), dtype=torch.long), triplets).detach())
+
+
+@check("cv4rs.bce_loss")
+def label_loss(case):
+    weight = tensor(case, "weight")
+    loss = LabelLoss(weight.shape[1], weight.shape[0])
+    loss.classifier.load_state_dict(dict(weight=weight, bias=tensor(case, "bias")))
+    case.compare("loss", loss(tensor(case, "features"), tensor(case, "labels")).detach())
+
+
+def boundary_of(part, y, weights, alpha):
+    "The boundary of a variant whose name does not say it, from the weights sigmoid(-alpha (cosine - b)) of positive pairs."
+    same = relations(y)[0]
+    return round(((part @ part.T)[same] + torch.logit(torch.as_tensor(weights).reshape(same.shape)[same]) / alpha).mean().item(), 4)
+
+
+@check("cv4rs.binomial_loss")
+def binomial_deviance(case):
+    y, order = tensor(case, "labels"), case.constant("order")
+    common = dict(alpha=case.constant("alpha"), boundary=case.constant("beta"), cost=case.constant("C"), penalty=case.constant("nu"),
+                  normalise=False)
+    for name in sorted({o.rpartition(".")[0] for o in case.output_names()}):
+        parts = [tensor(case, f"features_{o}") for o in order]
+        kind, *changes = name.split("_")                     # eta_C10_alpha1
+        own = {dict(C="cost").get(w.rstrip("0123456789"), w.rstrip("0123456789")): float(w.lstrip("Calph")) for w in changes if w[-1].isdigit()}
+        if own: own["boundary"] = boundary_of(parts[0], y, case.output(f"{name}.boosting_weights")[0], own["alpha"])
+        sizes = [o.shape[1] for o in parts]
+        loss = BinomialDevianceLoss(sizes, **{**common, **own}, boosting=kind, learn="trainable" in changes)
+        z = torch.cat(parts, 1).requires_grad_()
+        value = loss(z, y)
+        value.backward()
+        case.compare(f"{name}.loss", value.detach())
+        for part, grad in zip(order, z.grad.split(sizes, 1), strict=True): case.compare(f"{name}.grad_{part}", grad)
+        weights = [boost.flatten() for _, boost in loss.learners(split_parts(z.detach(), sizes, False), y)]
+        case.compare(f"{name}.boosting_weights", torch.stack(weights).detach())
+        if loss.boundary.requires_grad: case.compare(f"{name}.grad_beta", loss.boundary.grad)
+
+
+def decorrelation_of(case, prefix, names, sizes):
+    "The loss with stored regressors, and our name of each of their tensors."
+    keys = list(case.constant("directions"))
+    directions = [[names.index(o) for o in key.split("-")] for key in keys]
+    loss = DecorrelationLoss(sizes, directions, [case.constant("directions")[k]["weight"] for k in keys], case.constant("hidden_size"))
+    ours = {f"{prefix}.{key}.{o}": f"regressors.{i}.{o}" for i, key in enumerate(keys) for o in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    loss.load_state_dict({name: tensor(case, theirs) for theirs, name in ours.items()})
+    return loss, ours
+
+
+@check("cv4rs.adversarial_loss")
+def decorrelation(case):
+    names = [o.removeprefix("features.") for o in case.input_names() if o.startswith("features.")]
+    parts = [tensor(case, f"features.{o}") for o in names]
+    sizes = [o.shape[1] for o in parts]
+    loss, ours = decorrelation_of(case, "regressor.regressors", names, sizes)
+    z = torch.cat(parts, 1).requires_grad_()
+    value = loss(z)
+    value.backward()
+    case.compare("loss", value.detach())
+    for name, grad in zip(names, z.grad.split(sizes, 1), strict=True): case.compare(f"grad_features.{name}", grad)
+    grads = {name: o.grad for name, o in loss.named_parameters()}
+    for theirs, name in ours.items(): case.compare(f"grad_{theirs}", grads[name])
+
+
+@check("cv4rs.bier_total")
+def boosted_total(case):
+    sizes = case.constant("sub_embed_sizes")
+    layers = []
+    for i in range(1, len(sizes) + 1):
+        weight = tensor(case, f"last_linear.embed_{i}.weight")
+        layers.append(torch.nn.Linear(*weight.T.shape))
+        layers[-1].load_state_dict(dict(weight=weight, bias=tensor(case, f"last_linear.embed_{i}.bias")))
+    rows, classes = tensor(case, "pairs").T
+    x = tensor(case, "penultimate")[rows]
+    with torch.no_grad():
+        z = torch.cat([torch.nn.functional.normalize(o(x)) for o in layers], 1)
+        deviance = BinomialDevianceLoss(sizes, boundary=0.5, penalty=0.1)(z, classes)
+        loss, _ = decorrelation_of(case, "regressor.regressors", list(map(str, sizes)), sizes)
+        found, penalty = loss(z), loss.penalty()
+        embed = sum(map(norm_penalty, layers)) / len(layers)
+    case.compare("binominal", deviance)
+    case.compare("adversarial", found)
+    case.compare("adv_weight", penalty)
+    case.compare("embed_weight", embed)
+    case.compare("Train", deviance + case.constant("lambda_div") * (found + case.constant("lambda_weight") * (penalty + embed)))
+
+
+@check("cv4rs.nca_memory")
+def memory_nca(case):
+    y, memory, rows = (tensor(case, o) for o in ("multi_hot_labels", "memory", "indexes"))
+    for name, margin in case.constant("margin").items():
+        loss = MemoryNCALoss(*memory.shape, y.shape[1], temperature=case.constant("temperature"), momentum=case.constant("momentum"),
+                             margin=margin, normalise=False)
+        loss.update(memory, y, torch.arange(len(memory)))
+        z = tensor(case, "embeddings").requires_grad_()
+        case.compare(f"{name}.similarity", loss.similarity(z).detach())
+        value = loss(z, y[rows], rows=rows)
+        value.backward()
+        case.compare(f"{name}.loss", value.detach())
+        case.compare(f"{name}.grad_embeddings", z.grad)
+        loss.update(z, y[rows], rows)
+        case.compare(f"{name}.memory_after_backward", loss.memory)
+
+
+@check("cv4rs.fast_moco_loss")
+def fast_moco(case):
+    queue = tensor(case, "queue")
+
+    def made(queue=queue, normalise=False, **changes):
+        kwargs = dict(temperature=case.constant("temperature"), lower=case.constant("lower_cutoff"), upper=case.constant("upper_cutoff"))
+        loss = FastMoCoLoss(queue.shape[1], len(queue), **{**kwargs, **changes}, normalise=normalise)
+        loss.queue.copy_(queue)
+        loss.filled.fill_(len(queue))
+        return loss
+
+    q, k, loss = tensor(case, "query").requires_grad_(), tensor(case, "key").requires_grad_(), made()
+    value = loss(q, keys=k)
+    value.backward()
+    case.compare("loss", value.detach())
+    case.compare("grad_query", q.grad)
+    case.compare("grad_key", k.grad)
+    loss.update(k)
+    case.compare("queue_after_update", loss.queue)
+    for name in (o for o in case.output_names() if o.startswith("loss_temperature")):
+        case.compare(name, made(temperature=float(name.removeprefix("loss_temperature")))(q, keys=k).detach())
+    case.divergent("loss_unnormalised_queue", made(3 * queue, normalise=True)(q, keys=k).detach(), case.output("loss"), rtol=1e-4,
+                   reason="the published code gives NaN for a queue of vectors that are not of length 1; here lengths do not count")
