@@ -47,7 +47,7 @@ def test_blocks_change_nothing(store, kind, protocol, monkeypatch):
     for d in directions(store, protocol):
         whole = score_direction(system, d, (5,), 60)
         with monkeypatch.context() as m:
-            m.setattr("rsir_nb.engine.protocols._block", lambda depth, memory_mb: 7)
+            m.setattr("rsir_nb.engine.scoring._block", lambda depth, memory_mb: 7)
             blocks = score_direction(system, d, (5,), 60)
         assert whole.ks == blocks.ks and set(whole.scores) == set(blocks.scores)
         for name, x in whole.scores.items(): np.testing.assert_array_equal(x, blocks.scores[name])

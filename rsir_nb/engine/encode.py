@@ -179,7 +179,7 @@ def encode(
     if overwrite: _drop(path)
     if str(precision) not in PRECISIONS: raise unknown_name('precision', precision, PRECISIONS)
     found = common_sensors(method, archive, modalities)
-    make_distance(_distance_of(method)) # an unknown name is an error before the work
+    make_distance(method.distance) # an unknown name is an error before the work
     job = describe_job(method, archive, found, precision, embeddings or method.heads is None)
     part, home = path.with_name(path.name + '.part'), method.device
     if not path.exists():
@@ -238,8 +238,6 @@ def _make_shards(method, archive, part, job, batch_size, num_workers, shard_size
 # %% ../../nbs/70c_engine.encode.ipynb #6492d0ac
 def _shard(part, start): return part/f'shard_{start:09d}.npz'
 
-def _distance_of(method): return getattr(method, 'distance', 'cosine')
-
 def _counted(source, n, bar):
     "The next `n` batches, counted on the bar."
     for batch in islice(source, n):
@@ -256,7 +254,7 @@ def _write_store(method, archive, path, part, job):
                             len({o['id'] for o in skipped}), len(archive), skipped[0]['reason'])
     CodeStore.write(path, arrays.get('codes', {}), archive.table.iloc[kept], method.weights_hash,
                     embeddings=arrays.get('embeddings'), present=has,
-                    provenance=dict(job=job, method=method.describe(), distance=_distance_of(method),
+                    provenance=dict(job=job, method=method.describe(), distance=method.distance,
                                     skipped=skipped,
                                     sensors={m: archive.sensors[m].to_dict() for m in has},
                                     reading={m: archive.reading[m] for m in has if m in archive.reading},
