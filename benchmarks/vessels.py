@@ -28,7 +28,7 @@ from rsir_nb.engine.protocols import Direction, System, rank_direction
 from rsir_nb.engine.loop import Training
 from rsir_nb.engine.parts import build_method
 from rsir_nb.methods.baselines import BandQuantiles, BandStatistics
-from rsir_nb.methods.hashing import train_heads
+from rsir_nb.engine.hash import train_heads
 from rsir_nb.metrics.intervals import paired_difference_ci
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

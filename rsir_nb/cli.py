@@ -87,13 +87,13 @@ def pretrain_command(
     config:ConfigName, # what to train
     overrides:Overrides=[], # changes to it # noqa: B006
     fresh:Annotated[bool, typer.Option('--fresh', help="Start over.")]=False, # forget what is there
-    dry_run:DryRun=False, # only show the config
+    dry_run:DryRun=False, # open the archive, build the method, show both and the config
 ):
     "Train a method. Called again it goes on, or says that it is done."
     from rsir_nb.config import load_config
     from rsir_nb.engine.train import pretrain
     cfg = load_config(config, overrides)
-    if shown(cfg, dry_run): return
+    if shown(cfg, dry_run, training=True): return
     run = pretrain(cfg, resume=not fresh)
     print(f"{run}: trained")
     return run
@@ -145,7 +145,7 @@ def index_command(
     from rsir_nb.engine.train import pretrain
     known = is_run(config)
     cfg = run_config(config, overrides, 'index') if known else load_config(config, overrides)
-    if shown(cfg, dry_run): return
+    if shown(cfg, dry_run, training=not known): return
     run = Path(config) if known else pretrain(cfg, resume=not fresh)
     found = index_run(run, overwrite=overwrite, **(changes_of(cfg, overrides, 'index') if known else {}))
     print(f"{run}: {len(found):,} patches can be searched")

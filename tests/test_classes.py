@@ -10,6 +10,7 @@ from rsir_nb.core import InputError
 from rsir_nb.data.base import Archive, TensorArchive, concat_archives
 from rsir_nb.data.classes import DENSE_CLASSES, Labels, Vocab
 from rsir_nb.data.module import ArchiveData
+from rsir_nb.data.samplers import make_sampler
 from rsir_nb.data.splits import balanced_subset, group_split, stratified_split
 from rsir_nb.data.store import PatchStore, write_store
 
@@ -87,6 +88,8 @@ def test_thirty_five_thousand_classes_are_never_a_matrix():
         data = ArchiveData(train, batch_size=256)
         batch = next(data.batches())
         assert torch.equal(batch["target"], torch.as_tensor(train.targets)[batch["row"]]) and "labels" not in batch
+        for spec in "balanced", dict(name="m_per_class", m=4, rare="skip"), dict(name="clusters", within="balanced"):
+            assert len(list(make_sampler(spec, train, 256))) == len(train) // 256 * 256
         with pytest.raises(InputError, match="330,000 patches x 35,000 classes.*use targets"): len(archive.labels)
         peak = tracemalloc.get_traced_memory()[1]
     finally: tracemalloc.stop()

@@ -11,7 +11,8 @@ import torch
 from engine_run import run_python, tiny_config
 from rsir_nb.core import BusyError, InputError, UnknownNameError, folder_lock
 from rsir_nb.data.base import Archive, TensorArchive
-from rsir_nb.engine.encode import common_sensors, encode, encode_batch, encode_run, skipped_patches
+from rsir_nb.methods.embedding import common_sensors, encode_batch
+from rsir_nb.engine.encode import encode, encode_run, skipped_patches
 from rsir_nb.engine.hash import paired_features, train_hash
 from rsir_nb.engine.parts import build_archive, build_method, load_method
 from rsir_nb.engine.train import pretrain

@@ -7,7 +7,7 @@ import torch
 from rsir_nb.core import InputError
 from rsir_nb.data.base import TensorArchive, concat_archives
 from rsir_nb.data.batches import collate
-from rsir_nb.data.module import ArchiveData, EpochSampler
+from rsir_nb.data.module import ArchiveData
 from rsir_nb.data.transforms import random_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -81,17 +81,6 @@ def test_chance_comes_from_the_seed_alone():
     state = torch.get_rng_state()
     list(ArchiveData(make(), batch_size=5).batches())
     assert torch.equal(state, torch.get_rng_state()), "global chance is left alone"
-
-
-@pytest.mark.parametrize("n,world", [(20, 2), (7, 2), (5, 3), (1, 2)])
-def test_devices_share_one_order(n, world):
-    archive = make(20).subset(range(n))
-    alone = EpochSampler(archive, seed=4)
-    alone.set_epoch(2)
-    shares = [EpochSampler(archive, seed=4, num_replicas=world, rank=r) for r in range(world)]
-    for o in shares: o.set_epoch(2)
-    merged = [i for group in zip(*shares, strict=True) for i in group]
-    assert merged[:n] == list(alone) and set(merged) == set(range(n)) and {len(o) for o in shares} == {-(-n // world)}
 
 
 def test_augmentation_of_ones_own():

@@ -138,6 +138,18 @@ class TensorArchive(Archive):
 
     def read(self, i:int) -> dict[str, Tensor]: return {m: x[i] for m, x in self.arrays.items()}
 
+# %% ../../nbs/10_data.base.ipynb #8fec12a1
+@patch
+def batch(self:TensorArchive,
+    rows:Sequence[int], # B row numbers
+) -> dict: # as `collate` makes it of the samples
+    "Several samples at once."
+    at, facts = torch.as_tensor(rows), [self.classes_of(i) for i in rows]
+    arrays = {m: torch.as_tensor(x)[at].float() for m, x in self.arrays.items()}
+    shared = [k for k in facts[0] if all(k in o for o in facts)] if facts else []
+    return dict(id=[self.ids[i] for i in rows], row=at, **arrays,
+                **{k: torch.stack([o[k] for o in facts]) for k in shared})
+
 # %% ../../nbs/10_data.base.ipynb #89f53e59
 @patch
 def class_counts(self:Archive) -> np.ndarray: # (L,) int64, in the order of `vocab`
@@ -163,6 +175,19 @@ def coverage(self:Archive) -> str: # e.g. 's1 2, s2 6, all of them 2 of 6 patche
     counts = [f"{m} {int(self.has(m).sum()):,}" for m in self.sensors]
     if len(counts) > 1: counts.append(f"all of them {int(self.has(*self.sensors).sum()):,}")
     return f"{', '.join(counts)} of {len(self):,} patches"
+
+# %% ../../nbs/10_data.base.ipynb #e05ddff9
+@patch
+def picture(self:Archive,
+    key:int|str, # a patch's number or id
+    modality:str, # a sensor, or a fusion of sensors
+) -> np.ndarray: # (H,W,3), floats 0..1
+    "The patch `key` in colours."
+    patch = self[key]
+    m = modality if modality in self.sensors else next((o for o in self.sensors if o in patch), modality)
+    if m not in patch: raise InputError(f"{patch['id']} has no picture of {modality}",
+                                        found=', '.join(o for o in self.sensors if o in patch) or 'no sensor')
+    return to_rgb(patch[m], self.sensors[m].bands)
 
 # %% ../../nbs/10_data.base.ipynb #bb9ceb13
 @patch

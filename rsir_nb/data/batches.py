@@ -22,7 +22,8 @@ BATCH_FACTS = 'id', 'labels', 'target', 'row'
 def collate(
     samples:Sequence[Mapping[str, Any]], # as an archive hands them out
 ) -> dict[str, Any]: # id: list of B; modality: (B,C,H,W); labels: (B,L) float32; target, row: (B,) int64
-    "One batch of `samples`."
+    "One batch of `samples`; a batch that an archive has made itself stays as it is."
+    if isinstance(samples, Mapping): return samples
     keys = [k for k in samples[0] if k != 'id' and all(k in o for o in samples)]
     if not set(keys) - set(BATCH_FACTS):
         raise InputError("these patches have no sensor in common", found=[sorted(o) for o in samples[:3]])
@@ -55,3 +56,8 @@ class ArchiveRows(Dataset):
                              found=found, remedy="leave it out; a store knows the sensors of its patches")
         wanted = *BATCH_FACTS, *self.modalities
         return dict(row=tensor(row), **{k: x for k, x in sample.items() if k in wanted})
+
+    def __getitems__(self, rows:list[int]) -> dict|list[dict]: # a whole batch, where the archive makes one
+        if not hasattr(self.archive, 'batch'): return [self[i] for i in rows]
+        batch, wanted = self.archive.batch(rows), (*BATCH_FACTS, *self.modalities)
+        return {k: x for k, x in batch.items() if k in wanted}

@@ -99,7 +99,8 @@ class Training(pl.LightningModule):
         made = {k: make_optimizer(p, o, steps, epochs if (epochs or 0) > 0 else None)
                 for k, (p, o) in self.method.optimisers().items()}
         self.names = list(made)
-        if any(isinstance(o['optimizer'], SAM) for o in made.values()): _no_accumulation(self.trainer, len(made))
+        if any(isinstance(o['optimizer'], SAM) for o in made.values()):
+            _no_accumulation(self.trainer, len(made))
         return list(made.values()) if len(made) > 1 else made[self.names[0]]
 
     def training_step(self, batch:dict, batch_idx:int) -> Tensor|None:
@@ -112,21 +113,30 @@ class Training(pl.LightningModule):
         for name, terms in self.method.steps(batch, generator):
             self.log_terms(terms, batch, quiet=True)
             self.step_optimizer(name, terms['loss'])
-            found |= {k if name == self.names[0] else name if k == 'loss' else k: v for k, v in terms.items()}
+            other = name != self.names[0]
+            found |= {name if other and k == 'loss' else k: v for k, v in terms.items()}
         self.log_terms(found, batch)
 
     def on_train_batch_end(self, outputs, batch:dict, batch_idx:int): self.method.after_step(batch)
 
-    def validation_step(self, batch:dict, batch_idx:int):
-        terms = self.method.losses(batch, generator=self.method.step_generator('val', 0, batch_idx))
-        self.log_dict({f'val/{k}': v.detach() for k, v in terms.items()}, batch_size=_size(self.method, batch),
-                      on_epoch=True, sync_dist=True)
-        if self.monitor: self.monitor.add(batch['row'], self.method.embed(batch))
+# %% ../../nbs/70a_engine.loop.ipynb #3acd4e9b
+@patch
+def validation_step(self:Training,
+    batch:dict, # modality -> images in raw units, (B,C,H,W)
+    batch_idx:int, # number of the batch
+):
+    "Log the terms as `val/<name>`, and keep the embeddings where they are scored."
+    terms = self.method.losses(batch, generator=self.method.step_generator('val', 0, batch_idx))
+    self.log_dict({f'val/{k}': v.detach() for k, v in terms.items()}, on_epoch=True, sync_dist=True,
+                  batch_size=_size(self.method, batch))
+    if self.monitor: self.monitor.add(batch['row'], self.method.embed(batch))
 
-    def on_validation_epoch_end(self):
-        if not (self.monitor and self.monitor.parts): return
-        scores = self.monitor.scores(self.method.distance)
-        self.log_dict({f'val/{k}': float(v) for k, v in scores.items()}, sync_dist=False)
+@patch
+def on_validation_epoch_end(self:Training):
+    "Score the embeddings of the whole split."
+    if not (self.monitor and self.monitor.parts): return
+    scores = self.monitor.scores(self.method.distance)
+    self.log_dict({f'val/{k}': float(v) for k, v in scores.items()}, sync_dist=False)
 
 # %% ../../nbs/70a_engine.loop.ipynb #b87703f7
 def _size(method, batch): return len(next(batch[m] for m in method.sensors if m in batch))
@@ -134,7 +144,7 @@ def _size(method, batch): return len(next(batch[m] for m in method.sensors if m 
 def _plain_steps_only(trainer, method):
     "Refuse what optimisers that take turns cannot have."
     if trainer.gradient_clip_val is None and trainer.accumulate_grad_batches == 1: return
-    raise InputError(f"{type(method).__name__} trains its networks in turns, without clipping or accumulation",
+    raise InputError(f"{type(method).__name__} trains networks in turns, without clipping or accumulation",
                      found=f"clip {trainer.gradient_clip_val}, accumulate {trainer.accumulate_grad_batches}",
                      remedy="leave trainer.clip empty and trainer.accumulate at 1")
 
@@ -157,7 +167,7 @@ def log_terms(self:Training,
         raise InputError(f"the loss is {terms['loss'].item()} in epoch {self.current_epoch}",
             found=', '.join(f'{k} {v.item():.3g}' for k, v in terms.items() if k != 'loss') or 'one term',
             wanted="a number", remedy="a lower optim.lr, or trainer.clip=1; the batch was "
-            + ', '.join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else ''))
+            f"{', '.join(ids[:5])}{f' and {len(ids) - 5} more' if len(ids) > 5 else ''}")
     if not quiet: self.log_dict({f'train/{k}': v.detach() for k, v in terms.items()},
                                 batch_size=_size(self.method, batch))
 

@@ -85,8 +85,8 @@ class TrainerConfig:
                      every=1, patience=1)
         for key, lowest in least.items():
             value = getattr(self, key)
-            if value is not None and value < lowest: raise InputError(f"trainer.{key} is too small", found=value,
-                                                wanted=f"{lowest} or more")
+            if value is not None and value < lowest:
+                raise InputError(f"trainer.{key} is too small", found=value, wanted=f"{lowest} or more")
         if self.clip is not None and self.clip <= 0:
             raise InputError("trainer.clip is too small", found=self.clip, wanted="above 0, or null for none")
         if (self.monitor or self.patience) and not self.val_split:
@@ -199,7 +199,7 @@ def describe_training(
                 sensors='; '.join(f"{m} ({s.band_list} in {s.unit})" for m, s in method.sensors.items()),
                 training=f"{complete:,} patches of the split {o.train_split}")
     if o.val_split: told['validation'] = f"{len(split_of(archive, o.val_split)):,} patches"
-    told['images'] = f"{method.img_size} x {method.img_size} pixels" + (f", tokens of {patch}" if patch else '')
+    told['images'] = f"{method.img_size} x {method.img_size} pixels{f', tokens of {patch}' if patch else ''}"
     told['method'] = f"{type(method).__name__}, embeddings of {method.embed_dim} numbers"
     told['parameters'] = f"{counts}, of which {learned:,} learn"
     if method.needs_training: told['steps'] = f"{steps:,} in each of {method.optim.epochs} epochs"

@@ -31,7 +31,6 @@ from .parts import build_archive
 from ..html import Card, html_gallery, html_page, html_table
 from ..metrics.labels import shared_labels
 from ..metrics.scores import get_metric
-from ..show import to_rgb
 
 # %% ../../nbs/76_engine.report.ipynb #a32a8721
 SYSTEM_NAMES = dict(band_statistics='band statistics', band_cca='canonical correlation of band statistics',
@@ -193,7 +192,7 @@ def _card(archive, table, row, modality, relevance=None, distance=None):
     "One patch with its labels as caption and alternative text."
     name, names = table['id'].iloc[row], table['labels'].iloc[row] if 'labels' in table else None
     names = ', '.join(names) if isinstance(names, (list, tuple, np.ndarray)) and len(names) else 'no labels'
-    rgb = to_rgb(archive[str(name)][modality], archive.sensors[modality].bands)
+    rgb = archive.picture(str(name), modality)
     return Card(rgb, f"{modality.upper()} patch: {names}", names, relevance, distance)
 
 def _spread(rows, n):
@@ -240,7 +239,7 @@ def _origin(run_dir, cfg, store, archive):
     "Everything needed to make it again."
     skipped, versions = skipped_patches(store), read_json(run_dir/'versions.json')
     facts = {'archive': f"{cfg.data.name}, {len(archive):,} patches", 'patches left out': len(skipped),
-             'method': cfg.method.name, 'weights': store.weights_hash, 'seed': cfg.seed,
+             'method': cfg.method.name, 'weights': store.weights_hash, 'seed': cfg.seed, **_best_epoch(run_dir),
              'codes': f"{store.n_bits} bits, {store.n_bits//8} bytes" if store.n_bits else 'none',
              **{k: v if k != 'git' else v[:12] for k, v in versions.items() if v}}
     rows = ''.join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
@@ -250,6 +249,12 @@ def _origin(run_dir, cfg, store, archive):
     yaml = escape(OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in plain.items() if k != 'out'})))
     return (f"<h2>How it was made</h2>\n<dl>{rows}</dl>\n{bad}"
             f"<details><summary>The whole config</summary><pre>{yaml}</pre></details>\n")
+
+def _best_epoch(run_dir):
+    "Which epoch the weights are of, where a validation split decided it."
+    told = read_json(run_dir/'finished.json')
+    if 'best_epoch' not in told: return {}
+    return dict(epoch=f"{told['best_epoch'] + 1}, the best by {told['monitor']} ({told['value']:.4g})")
 
 # %% ../../nbs/76_engine.report.ipynb #f20869ce
 register_schema('report', ReportConfig)

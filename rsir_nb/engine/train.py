@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import io, logging, os, shutil, time, warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -27,13 +27,14 @@ from .parts import TrainerConfig, build_archive, build_method, split_of, trainer
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepEpochs, RunBar,
                                  StopEarly, last_checkpoint, make_wandb)
 from ..methods.base import Method
+from ..metrics.named import check_metrics, is_metric, make_metric, score_embeddings
 from ..methods.optim import make_optim
 declare_torchvision_ops()
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 # %% auto #0
-__all__ = ['config_changes', 'pretrain', 'monitored', 'make_data', 'make_trainer', 'quiet_lightning', 'first_pairs',
+__all__ = ['config_changes', 'pretrain', 'fit_method', 'monitored', 'make_data', 'make_trainer', 'quiet_lightning', 'first_pairs',
            'read_history']
 
 # %% ../../nbs/70d_engine.train.ipynb #c5f2db59
@@ -117,33 +118,47 @@ def _finish(method, run_dir, seconds, best):
     "Save the trained method; the run is done once the last line is written."
     method.cpu().save(run_dir/'method')
     told = {} if best is None else dict(best_epoch=best['epoch'], monitor=best['name'], value=best['value'])
-    write_json(run_dir/'finished.json', dict(weights_hash=method.weights_hash, seconds=round(seconds, 1), **told))
+    write_json(run_dir/'finished.json', dict(weights_hash=method.weights_hash, seconds=round(seconds, 1),
+                                             **told))
 
 def _fit(method, archive, cfg, run_dir, progress, callbacks):
-    "Lightning's loop, from the last checkpoint if there is one; the method gets the best epoch's weights."
+    "Train on the splits that the config names."
     o = trainer_config(cfg)
     train, val = split_of(archive, o.train_split), o.val_split and split_of(archive, o.val_split)
-    data = make_data(method, train, val, o, cfg.seed)
-    monitor, mode = monitored(o)
-    keep = KeepEpochs(run_dir/'checkpoints', monitor, mode, o.every)
-    callbacks = [EpochSeeds(cfg.seed), CsvLog(run_dir/'metrics.csv', o.log_every), *callbacks]
+    callbacks = list(callbacks)
     if o.pictures: callbacks.append(EpochPictures(run_dir/'pictures', first_pairs(val or train, method, 1),
                                                   o.pictures))
+    return fit_method(method, train, val, o, cfg.seed, run_dir, run_dir.name, progress, callbacks,
+                      make_wandb(o.wandb, run_dir, to_dict(cfg)))
+
+# %% ../../nbs/70d_engine.train.ipynb #4d20d20b
+def fit_method(
+    method:Method, # what is trained; ends with the weights of its best epoch where there is a `val`
+    train:Archive, # what is learned from
+    val:Archive|None, # what decides which epoch was best
+    o:TrainerConfig, # how the data is gone through
+    seed:int, # of orders and augmentations
+    folder:str|Path|None=None, # for metrics.csv and checkpoints, to go on from; None for nothing
+    name:str='train', # stands in front of the progress bar
+    progress:bool=True, # show it
+    callbacks:Sequence=(), # further Lightning callbacks
+    loggers:Sequence=(), # Lightning loggers
+) -> dict|None: # epoch, name and value of what was best; None without `val`
+    "Lightning's loop, from the last checkpoint if there is one."
+    data, (monitor, mode) = make_data(method, train, val, o, seed), monitored(o)
+    callbacks, keep, last = [EpochSeeds(seed), *callbacks], None, None
     if o.patience: callbacks.append(StopEarly(monitor, mode=mode, patience=o.patience))
-    if progress: callbacks.append(RunBar(run_dir.name))
+    if progress: callbacks.append(RunBar(name))
+    if folder is not None:
+        last = Path(folder)/'checkpoints'
+        keep = KeepEpochs(last, monitor, mode, o.every)
+        callbacks += [CsvLog(Path(folder)/'metrics.csv', o.log_every), keep]
     with quiet_lightning():
-        trainer = make_trainer(o, method.optim.epochs, [*callbacks, keep],
-                               make_wandb(o.wandb, run_dir, to_dict(cfg)))
+        trainer = make_trainer(o, method.optim.epochs, callbacks, loggers)
         with torch.random.fork_rng():
             trainer.fit(Training(method, _retrieval(monitor, data)), datamodule=data,
-                        ckpt_path=last_checkpoint(run_dir/'checkpoints'))
-    return _take_best(method, keep, method.optim.epochs)
-
-# %% ../../nbs/70d_engine.train.ipynb #9b542f99
-def is_metric(name): return name not in ('loss', '') and '@' in name
-def metric_mode(name): return 'max'
-def check_metric(name, archive): pass
-def score_embeddings(*args): return {}
+                        ckpt_path=last and last_checkpoint(last))
+    return keep and _take_best(method, keep, method.optim.epochs)
 
 # %% ../../nbs/70d_engine.train.ipynb #8d942b38
 def monitored(
@@ -154,21 +169,23 @@ def monitored(
     name = o.monitor or 'val/loss'
     name = name if '/' in name else f'val/{name}'
     if o.mode != 'auto': return name, o.mode
-    if name.startswith('val/') and is_metric(name[4:]): return name, metric_mode(name[4:])
+    told = name.removeprefix('val/')
+    if '@' in told or is_metric(told): return name, make_metric(told).mode
     return name, 'min'
 
 def _retrieval(monitor, data):
     "What scores the validation split, where a metric of retrieval decides."
     name = (monitor or '').removeprefix('val/')
     if not is_metric(name): return None
-    check_metric(name, data.val)
+    check_metrics([name], data.val)
     return RetrievalMonitor(data.val, [name], score_embeddings)
 
 def _take_best(method, keep, epochs):
     "Give the method the weights of its best epoch; None where no epoch was validated."
     if keep.best is None: return None
     state = CheckedCheckpoints().load_checkpoint(keep.best_path)['state_dict']
-    method.load_state_dict({k.removeprefix('method.'): v for k, v in state.items() if k.startswith('method.')})
+    own = {k.removeprefix('method.'): v for k, v in state.items() if k.startswith('method.')}
+    method.load_state_dict(own)
     log.info("the weights are those of epoch %d of %d, the best by %s: %.4g", keep.best['epoch'] + 1, epochs,
              keep.best['name'], keep.best['value'])
     return keep.best
@@ -183,7 +200,8 @@ def make_data(
 ) -> ArchiveData: # batches for Lightning
     "The batches of a training."
     return ArchiveData(train, val, batch_size=o.batch_size, num_workers=o.num_workers, seed=seed,
-                       augment=o.augment, modalities=list(method.sensors))
+                       augment=o.augment, modalities=list(method.sensors),
+                       sampler=o.sampler or method.sampler)
 
 # %% ../../nbs/70d_engine.train.ipynb #d5114fbb
 def make_trainer(

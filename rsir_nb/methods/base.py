@@ -91,20 +91,22 @@ class Method(nn.Module):
         "What a subclass is about; called by `embed`, with gradients by `losses`."
         raise InputError(f"{type(self).__name__} has no encode", wanted="encode(self, x, modality) -> (B,D)")
 
-    def embed(self,
-        x:Tensor|Mapping, # images in raw units, (B,C,H,W), or modality -> images; other keys are passed over
-        modality:str|None=None, # what is wanted of them; with a dict, all that can be had by default
-    ) -> Tensor|dict: # embeddings, (B,D), on the method's device, or modality -> embeddings
-        "Embeddings of images in raw units, the same whatever else is in the batch."
-        if not isinstance(x, Mapping): return _embed_one(self, x, modality)
-        wanted = self.joint.get(modality, self.sensors if modality is None else (modality,))
-        parts = {m: _embed_one(self, x[m], m) for m in wanted if m in x}
-        if not parts: raise InputError("no image of this method's sensors", wanted=' or '.join(wanted),
-                                       found=', '.join(map(str, x)) or 'none')
-        if modality in self.joint: return self.fused(parts, modality)
-        if modality is not None: return parts[modality]
-        some = [j for j, of in self.joint.items() if any(m in parts for m in of)]
-        return parts | {j: self.fused(parts, j) for j in some}
+# %% ../../nbs/50b_methods.base.ipynb #1c9e8ee0
+@patch
+def embed(self:Method,
+    x:Tensor|Mapping, # images in raw units, (B,C,H,W), or modality -> images; other keys are passed over
+    modality:str|None=None, # what is wanted of them; with a dict, all that can be had by default
+) -> Tensor|dict: # embeddings, (B,D), on the method's device, or modality -> embeddings
+    "Embeddings of images in raw units, the same whatever else is in the batch."
+    if not isinstance(x, Mapping): return _embed_one(self, x, modality)
+    wanted = self.joint.get(modality, self.sensors if modality is None else (modality,))
+    parts = {m: _embed_one(self, x[m], m) for m in wanted if m in x}
+    if not parts: raise InputError("no image of this method's sensors", wanted=' or '.join(wanted),
+                                   found=', '.join(map(str, x)) or 'none')
+    if modality in self.joint: return self.fused(parts, modality)
+    if modality is not None: return parts[modality]
+    some = [j for j, of in self.joint.items() if any(m in parts for m in of)]
+    return parts | {j: self.fused(parts, j) for j in some}
 
 # %% ../../nbs/50b_methods.base.ipynb #ddae5de4
 def _embed_one(method, x, modality):

@@ -25,7 +25,7 @@ OPTIMIZERS = Registry('optimiser')
 def adamw(
     groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
     o:OptimConfig, # the settings
-) -> torch.optim.Optimizer:
+) -> torch.optim.Optimizer: # ready to step
     "AdamW of torch."
     return torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, **o.options)
 
@@ -33,7 +33,7 @@ def adamw(
 def adam(
     groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
     o:OptimConfig, # the settings
-) -> torch.optim.Optimizer:
+) -> torch.optim.Optimizer: # ready to step
     "Adam of torch; its weight decay is part of the gradient."
     return torch.optim.Adam(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, **o.options)
 
@@ -41,7 +41,7 @@ def adam(
 def sgd(
     groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
     o:OptimConfig, # the settings
-) -> torch.optim.Optimizer:
+) -> torch.optim.Optimizer: # ready to step
     "Stochastic gradient descent with momentum, of torch."
     return torch.optim.SGD(groups, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, **o.options)
 
@@ -49,7 +49,7 @@ def sgd(
 def rmsprop(
     groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
     o:OptimConfig, # the settings
-) -> torch.optim.Optimizer:
+) -> torch.optim.Optimizer: # ready to step
     "RMSprop with momentum, of torch."
     return torch.optim.RMSprop(groups, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, **o.options)
 
@@ -134,22 +134,46 @@ def cosine(
     return o.min_factor + (1 - o.min_factor)*_half_cosine((step - warmup) / max(1, steps - warmup))
 
 @SCHEDULES.register('constant', paper='none')
-def constant(step:int, steps:int, warmup:float, epochs:float, o:OptimConfig) -> float:
+def constant(
+    step:int, # steps taken before this one
+    steps:int, # steps in the whole training
+    warmup:float, # steps of the warm-up
+    epochs:float, # epochs in the whole training
+    o:OptimConfig, # the settings
+) -> float: # what the peak learning rate is multiplied with
     "Always 1."
     return 1.
 
 @SCHEDULES.register('step', paper='none')
-def step_list(step:int, steps:int, warmup:float, epochs:float, o:OptimConfig) -> float:
+def step_list(
+    step:int, # steps taken before this one
+    steps:int, # steps in the whole training
+    warmup:float, # steps of the warm-up
+    epochs:float, # epochs in the whole training
+    o:OptimConfig, # the settings
+) -> float: # what the peak learning rate is multiplied with
     "`gamma` to the power of the milestones that are behind."
     return o.gamma ** sum(step/steps*epochs >= m for m in o.milestones)
 
 @SCHEDULES.register('exponential', paper='none')
-def exponential(step:int, steps:int, warmup:float, epochs:float, o:OptimConfig) -> float:
+def exponential(
+    step:int, # steps taken before this one
+    steps:int, # steps in the whole training
+    warmup:float, # steps of the warm-up
+    epochs:float, # epochs in the whole training
+    o:OptimConfig, # the settings
+) -> float: # what the peak learning rate is multiplied with
     "`gamma` to the power of the epochs that are over."
     return o.gamma ** int(step/steps*epochs + 1e-9)
 
 @SCHEDULES.register('one_cycle', paper='https://arxiv.org/abs/1708.07120', rises=True)
-def one_cycle(step:int, steps:int, warmup:float, epochs:float, o:OptimConfig) -> float:
+def one_cycle(
+    step:int, # steps taken before this one
+    steps:int, # steps in the whole training
+    warmup:float, # steps of the warm-up
+    epochs:float, # epochs in the whole training
+    o:OptimConfig, # the settings
+) -> float: # what the peak learning rate is multiplied with
     "A cosine from a 25th to 1 during the warm-up, then one to a 250,000th."
     top = max(warmup - 1, 0)
     if step < top: return 1 - 0.96*_half_cosine(step / top)
