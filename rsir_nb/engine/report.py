@@ -96,8 +96,8 @@ def _answer(evaluation, store):
             f"95 % interval lies above 0.</p>\n<ul>{''.join(f'<li>{o}</li>' for o in lines)}</ul>\n")
     title = f'Margins in {_score_name(evaluation)}, with 95 % intervals'
     ax = show_bars(bars, half, new_axes(None, 7, 3.4), title, 'difference')
-    scores = _named(evaluation.pivot(), store)
-    scores = html_table(scores, f'{evaluation.told}; best of each direction in bold', best='max')
+    caption = f'{evaluation.told}; best of each direction in bold'
+    scores = html_table(_named(evaluation.pivot(), store), caption, best='max')
     caption = f'Differences in {_score_name(evaluation)}; intervals are bootstrapped over places'
     margins = html_table(margins_table(evaluation), caption)
     return text + scores + html_figure(ax) + margins + _summary(evaluation)
@@ -124,8 +124,7 @@ def _partners(evaluation, store):
     table = evaluation.partner_summary()
     names = _named(table.set_index('system'), store).index
     table.index = [f'{name}, {arrows(d)}' for name, d in zip(names, table.direction, strict=True)]
-    table = html_table(table.drop(columns=['system', 'direction']),
-                       'Partner recall and median rank, with 95 % intervals')
+    table = html_table(table.iloc[:, 2:], 'Partner recall and median rank, with 95 % intervals')
     return ("<h2>The other sensor's image of the same patch</h2>\n<p>Every patch that both sensors have seen "
             "asks for its own image by the other one, which is the only right answer: R@k is how often it is "
             "among the first k. No labels are used. Equal distances count in the archive's order.</p>\n"
@@ -225,8 +224,8 @@ class ReportConfig:
 def _galleries(archive, store, evaluation, o):
     protocol, kind = evaluation.about['protocol'], evaluation.about['ours'][1]
     labelled, system = has_labels(store), System(evaluation.about['ours'][0], store, kind)
-    ways = directions(store, protocol) if labelled else \
-           [replace(d, own=None) for d in partner_directions(store, protocol)]
+    if labelled: ways = directions(store, protocol)
+    else: ways = [replace(d, own=None) for d in partner_directions(store, protocol)]
     right = 'shares a label with the query' if labelled else "is the other sensor's image of the same patch"
     shared = ways[0].queries
     for d in ways: shared = np.intersect1d(shared, d.queries)
