@@ -44,8 +44,9 @@ def test_the_number_of_modules_behind_the_help_is_small():
 def test_the_source_says_what_importing_everything_registers():
     import_pages()
     from rsir_nb.losses.pairs import MINERS
+    from rsir_nb.models.necks import NECKS
     from rsir_nb.methods.base import HEADS
-    registries = [o for o in vars(core).values() if isinstance(o, core.Registry)] + [HEADS, MINERS]
+    registries = [o for o in vars(core).values() if isinstance(o, core.Registry)] + [HEADS, MINERS, NECKS]
     for registry in registries:
         mine = {name: o for name, o in registry.entries.items() if o.__module__.startswith("rsir_nb.")}
         found = registered_parts()[registry.kind]
