@@ -25,9 +25,10 @@ from rsir_nb.data.transforms import random_flips
 from rsir_nb.data.vessels import VesselArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.protocols import Direction, System, rank_direction
-from rsir_nb.engine.train import build_method
+from rsir_nb.engine.loop import Training
+from rsir_nb.engine.parts import build_method
 from rsir_nb.methods.baselines import BandQuantiles, BandStatistics
-from rsir_nb.methods.hashing import train_heads
+from rsir_nb.engine.hash import train_heads
 from rsir_nb.metrics.intervals import paired_difference_ci
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -63,7 +64,7 @@ def pretrain(cfg, archive, seed):
     method = build_method(cfg, archive)
     data = ArchiveData(archive, batch_size=cfg.trainer.batch_size, seed=seed, augment=flips_and_turns)
     pl.Trainer(max_epochs=cfg.optim.epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-               enable_progress_bar=False, enable_model_summary=False).fit(method, data)
+               enable_progress_bar=False, enable_model_summary=False).fit(Training(method), data)
     return method.eval()
 
 

@@ -89,13 +89,13 @@ def pretrain_command(
     config:ConfigName, # what to train
     overrides:Overrides=[], # changes to it # noqa: B006
     fresh:Annotated[bool, typer.Option('--fresh', help="Start over.")]=False, # forget what is there
-    dry_run:DryRun=False, # only show the config
+    dry_run:DryRun=False, # open the archive, build the method, show both and the config
 ):
     "Train a method. Called again it goes on, or says that it is done."
     from rsir_nb.config import load_config
     from rsir_nb.engine.train import pretrain
     cfg = load_config(config, overrides)
-    if shown(cfg, dry_run): return
+    if shown(cfg, dry_run, training=True): return
     run = pretrain(cfg, resume=not fresh)
     print(f"{run}: trained")
     return run
@@ -147,7 +147,7 @@ def index_command(
     from rsir_nb.engine.train import pretrain
     known = is_run(config)
     cfg = run_config(config, overrides, 'index') if known else load_config(config, overrides)
-    if shown(cfg, dry_run): return
+    if shown(cfg, dry_run, training=not known): return
     run = Path(config) if known else pretrain(cfg, resume=not fresh)
     found = index_run(run, overwrite=overwrite, **(changes_of(cfg, overrides, 'index') if known else {}))
     print(f"{run}: {len(found):,} patches can be searched")
@@ -197,7 +197,7 @@ def _picture_of(run):
     "What draws a patch of a run's archive; only pictures need the archive."
     from rsir_nb.config import load_run_config
     from rsir_nb.engine.stages import archive_picture
-    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.parts import build_archive
     return archive_picture(build_archive(load_run_config(run).data))
 
 # %% ../nbs/91_cli.ipynb #ba9713e6
@@ -215,7 +215,10 @@ def evaluate_command(
     if shown(cfg.evaluate, dry_run): return
     found = evaluate(run, **changes_of(cfg, changes, 'evaluate'))
     print(found.summary().to_string(index=False))
-    print(f"95 % intervals by bootstrap over places; mAP over {found.depth}; ms: one search for one query.\n")
+    print(f"95 % intervals by bootstrap over places; {found.told}; ms: one search for one query.\n")
+    if found.headline == 'map' and found.partners is not None:
+        print("The other sensor's image of the same patch:")
+        print(f"{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
     return found
 
@@ -225,7 +228,7 @@ def compare_command(
     run_a:RunFolder, # an evaluated run
     run_b:RunFolder, # another, evaluated on the same queries
     protocol:ProtocolName=None, # rules; those of the first by default
-    metric:Annotated[str, typer.Option(help="map, precision, recall, ndcg, ...")]='map', # what counts
+    metric:Annotated[str, typer.Option(help="map (without labels partner_r), ndcg, ...")]=None, # what counts
     k:Annotated[int, typer.Option('--k', '-k', help="Depth; the deepest by default.")]=None, # where
     csv:Annotated[Path, typer.Option(help="Write the table.")]=None, # to here
 ):

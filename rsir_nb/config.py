@@ -20,9 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 import rsir_nb
 from .core import (DATASETS, METHODS, CorruptError, InputError, MissingFileError, atomic_path,
-                          lazy_import, legal_arguments, load_plugins, modules_with, unknown_name, write_json)
+                          lazy_import, load_plugins, modules_with, unknown_name, write_json)
 from .plugins import load_installed
-from .typed import PLAIN, absolute_path, typed_value
+from .typed import PLAIN, absolute_path, builder_arguments, constructors, typed_value
 
 # %% ../nbs/01_config.ipynb #5edab2b0
 pd = lazy_import('pandas')
@@ -66,17 +66,9 @@ def group_arguments(
     name:str|None=None, # the registered name, for 'data' and 'method'
 ) -> dict[str, inspect.Parameter]: # key -> type and default
     "The keys that a config may set in a group."
-    builder, found = builder_of(group, name), {}
-    if builder is None: return {}
-    for func in _functions(builder): found = {**inspect.signature(func, eval_str=True).parameters, **found}
-    return {o: found[o] for o in legal_arguments(builder) if o not in DERIVED.get(group, ())}
-
-# %% ../nbs/01_config.ipynb #c81980d0
-def _functions(builder):
-    "A function itself; the constructors of a class and of its bases, its own first."
-    if not inspect.isclass(builder): return [builder]
-    found = [vars(o).get('__init__') for o in builder.__mro__]
-    return [o for o in found if inspect.isfunction(o)]
+    builder = builder_of(group, name)
+    found = builder_arguments(builder) if builder else {}
+    return {o: p for o, p in found.items() if o not in DERIVED.get(group, ())}
 
 # %% ../nbs/01_config.ipynb #1a0cd657
 def config_table(
@@ -86,7 +78,7 @@ def config_table(
     "What can be set in a group."
     builder, empty, rows = builder_of(group, name), inspect.Parameter.empty, {}
     from fastcore.docments import docments
-    sources = [builder] if is_dataclass(builder) else _functions(builder)
+    sources = [builder] if is_dataclass(builder) else constructors(builder)
     docs = {k: v for o in reversed(sources) for k, v in docments(o).items()}
     for key, p in group_arguments(group, name).items():
         kind = '' if p.annotation is empty else re.sub(r'\w+\.', '', inspect.formatannotation(p.annotation))

@@ -136,11 +136,16 @@ def _failing(entry, error):
 def shown(
     cfg:"omegaconf.DictConfig", # a config, or a part of it
     dry_run:bool, # whether that is all
+    training:bool=False, # whether a training would follow, which is described too
 ) -> bool: # `dry_run`: the verb ends here
-    "Print `cfg` if nothing else is wanted."
+    "Print `cfg` if nothing else is wanted, and what a training would be, as comments."
     from omegaconf import OmegaConf
-    if dry_run: print(OmegaConf.to_yaml(cfg).rstrip())
-    return dry_run
+    if not dry_run: return False
+    print(OmegaConf.to_yaml(cfg).rstrip())
+    if training:
+        from rsir_nb.engine.parts import describe_training
+        for what, told in describe_training(cfg).items(): print(f"# {what}: {told}")
+    return True
 
 # %% ../nbs/90b_options.ipynb #f1a23826
 def run_config(

@@ -3,7 +3,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from rsir_nb.core import BACKBONES, InputError, UnknownNameError
+from rsir_nb.core import InputError, UnknownNameError
 from rsir_nb.models.decoder import DECODERS, CrossSensorDecoder
 from rsir_nb.models.masking import (MASKINGS, RECONSTRUCTIONS, count_visible, decoding_plan, make_noise,
                                     masking_plan, random_masking)
@@ -169,15 +169,6 @@ def test_embedding_some_tokens_is_embedding_all_and_choosing():
         torch.testing.assert_close(embed(images_, ids), wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
         assert torch.equal(patchify(images_, 10, ids), patchify(images_, 10).gather(1, ids[..., None].expand(-1, -1, 500)))
-
-
-SIZES = [("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12), ("large", 1024, 16)]
-
-
-@pytest.mark.parametrize("name,width,heads", SIZES)
-def test_sizes_are_registered(name, width, heads):
-    with torch.device("meta"): vit = BACKBONES.create(f"vit_{name}", in_chans=dict(s1=2), specific_depth=1)
-    assert vit.embed_dim == width and vit.specific_blocks["s1"][0].attn.num_heads == heads
 
 
 @pytest.mark.parametrize("kwargs,word", [

@@ -18,7 +18,6 @@ from ..retrieval.codes import CodeStore
 from ..retrieval.index import Index
 from ..retrieval.ranking import Ranking
 from ..retrieval.vectors import VectorIndex
-from ..show import to_rgb
 
 # %% auto #0
 __all__ = ['Searcher']
@@ -112,10 +111,11 @@ def nearest(self:Searcher,
 
 # %% ../../nbs/73_engine.search.ipynb #07d3c1d7
 def _ranking(search, about, target, dists, rows, k, n_bits, filters, columns=None, **info):
-    draw = lambda name, m: to_rgb(search.archive[name][m], search.archive.sensors[m].bands)
     told = {name: _told(o) for name, o in filters.items() if o is not None}
     info = dict(weights_hash=search.store.weights_hash, **info, **told)
-    picture = search.archive and draw
+    if target in search.store.provenance.get('joint', {}): # of which sensors each hit was fused
+        columns = dict(columns or {}, fused_of=search.table[f'from_{target}'].to_numpy()[rows])
+    picture = search.archive and search.archive.picture
     return Ranking(about, rows, dists, search.table, target, n_bits, k, info, picture, columns)
 
 def _told(o): return o if isinstance(o, str) else str(tuple(o)) if len(o) <= 4 else f'{len(o)} ids or a mask'

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import METHODS, InputError
-from .base import Method, in_blocks
+from .base import Method
+from ..models.rowwise import in_blocks
 
 # %% ../../nbs/52_methods.baselines.ipynb #986ba033
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

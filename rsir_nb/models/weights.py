@@ -37,9 +37,11 @@ def _read(path):
     except UnpicklingError as e: raise _unpickling_error(path, head, str(e)) from e
     except Exception as e: raise _corrupt(path, str(e).split('. ')[0].split('\n')[0]) from e
     beside = []
-    if isinstance(found, dict) and isinstance(found.get('state_dict'), dict):
-        beside = [str(k) for k in found if k != 'state_dict']
-        found = found['state_dict']
+    for key in ('state_dict', 'model'):
+        if not isinstance(found, dict) or not isinstance(found.get(key), dict): continue
+        beside = [str(k) for k in found if k != key]
+        found = found[key]
+        break
     if not isinstance(found, dict) or not found or not all(isinstance(o, Tensor) for o in found.values()):
         raise InputError(f"{path} holds no state dict", found=_kinds(found), wanted="names and tensors",
                          remedy="save model.state_dict()")

@@ -198,6 +198,13 @@ def distance(self:CodeStore) -> str: # a name in `DISTANCES`
     return self.provenance.get('distance', 'cosine')
 
 @patch
+def sensors_of(self:CodeStore,
+    modality:str, # a sensor, or a fusion of sensors
+) -> list[str]: # the sensors behind it
+    "The sensors whose images stand for `modality`."
+    return self.provenance.get('joint', {}).get(modality, [modality])
+
+@patch
 def present(self:CodeStore,
     modality:str, # e.g. 's1'
 ) -> np.ndarray: # bool (N,)
