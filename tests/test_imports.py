@@ -11,8 +11,9 @@ from rsir_nb.core import registered_parts
 
 HEAVY = {"torch", "pytorch_lightning", "lightning_fabric", "torchmetrics", "torchvision", "timm", "wandb", "matplotlib", "pandas",
          "numba", "rasterio", "faiss"}
-LIGHT = ["core", "typed", "machine", "plugins", "config", "rundir", "style", "sensors", "html", "charts", "show", "geo", "retrieval.codes", "retrieval.index",
-         "retrieval.blocks", "retrieval.hamming", "retrieval.vectors", "retrieval.ranking", "engine.conditions", "engine.filters",
+LIGHT = ["core", "typed", "machine", "plugins", "config", "rundir", "style", "sensors", "html", "charts", "show", "geo", "retrieval.codes",
+         "retrieval.index", "retrieval.local", "retrieval.substrings", "remote.engines", "retrieval.blocks", "retrieval.hamming",
+         "retrieval.vectors", "retrieval.ranking", "engine.conditions", "engine.filters",
          "engine.weighted", "engine.asking", "engine.search", "engine.retriever", "options", "verbs", "verbs_codes", "verbs_pages",
          "cli", "all"]
 
