@@ -109,7 +109,7 @@ def score_embeddings(
 ) -> dict[str, float]: # 'map@10' -> mean over directions, and 'map@10/s1->s2' -> of one, for every name
     "Scores of embeddings by name, leave-one-out."
     labels = archive_labels(archive)
-    if present is None and hasattr(archive, 'has'): present = {m: archive.has(m) for m in z}
+    if present is None and hasattr(archive, 'has'): present = {m: _seen_by_any(archive, m) for m in z}
     seen = {m: np.ones(len(x), bool) if present is None else np.asarray(present[m]) for m, x in z.items()}
     _same_rows(z, labels)
     metrics, compare, found = _checked(names, labels, seen), make_distance(distance), {}
@@ -123,6 +123,10 @@ def _same_rows(z, labels):
     sizes = {m: len(x) for m, x in z.items()} | ({} if labels is None else dict(labels=len(labels)))
     if len(set(sizes.values())) != 1: raise InputError("embeddings and archive differ in length", found=sizes,
                                                        wanted="one row per patch of the archive")
+
+def _seen_by_any(archive, modality):
+    "The patches that a sensor has seen, or any sensor of a fusion."
+    return np.any([archive.has(m) for m in modality.split('+')], axis=0)
 
 # %% ../../nbs/44f_metrics.named.ipynb #3c0b78dc
 def _ways(z, seen, wanted, what, across=False):
