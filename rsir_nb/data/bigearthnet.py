@@ -233,7 +233,8 @@ class BigEarthNet(Archive):
         table = self.scan(keys, skips)
         if lists and len(table): table = _JOIN[self.version](table, lists, skips)
         if split_dir is not None:
-            table = table.assign(s1_name=_first(table['s1_name'], table['s2_name'].map(read_partners(split_dir))))
+            partners = table['s2_name'].map(read_partners(split_dir))
+            table = table.assign(s1_name=_first(table['s1_name'], partners))
         return _placed(table)
 
     def read(self, i:int) -> dict[str, Tensor]:

@@ -161,7 +161,7 @@ class PairedFolders(Archive):
         offset:Mapping[str, float]|None=None, # modality -> to the unit
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
-        pattern:str|None=None, # paths from `root` with `{sensor}`, see `match_files`; a folder a sensor by default
+        pattern:str|None=None, # of paths from `root`, see `match_files`; one folder per sensor by default
         tokens:Mapping[str, str]|None=None, # modality -> the word for `{sensor}`; the modality by default
         split:Mapping[str, float]|None=None, # split -> its part, divided by `{place}`; none by default
         seed:int=0, # chooses the places of the splits

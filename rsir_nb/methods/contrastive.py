@@ -21,6 +21,7 @@ from .fusion import FUSIONS, fuse_parts, fused_dim
 from .pair_encoders import make_pair_encoder
 from ..models.necks import make_neck
 from ..models.rowwise import evaluating
+from ..retrieval.distances import make_distance
 
 # %% ../../nbs/59_methods.contrastive.ipynb #6f100d6b
 class PairMethod(Method):
@@ -76,10 +77,9 @@ def _without_weights(backbone):
 
 def _checked_distance(name, projection):
     "Refuse a distance of values from 0 for a projection that may be below."
-    from rsir_nb.retrieval.distances import make_distance
     if name == 'chi2' and not getattr(projection, 'nonnegative', False):
-        raise InputError("chi-square compares values from 0", found=f"a {type(projection).__name__} without ReLU",
-                         wanted="a projection that ends with a ReLU",
+        raise InputError("chi-square compares values from 0", wanted="a projection that ends with a ReLU",
+                         found=f"a {type(projection).__name__} without one",
                          remedy="projection=relu, projection={name: mlp, relu: true}, or distance=cosine")
     make_distance(name)
     return name
@@ -87,14 +87,14 @@ def _checked_distance(name, projection):
 # %% ../../nbs/59_methods.contrastive.ipynb #db9884d0
 PAIR_LOSSES = 'contrastive', 'classification', 'both', 'in_turn'
 
-@METHODS.register('contrastive', paper='https://arxiv.org/abs/2202.11429', sensors='two or more, alone and fused',
-                  losses='ntxent, label_bce')
+@METHODS.register('contrastive', paper='https://arxiv.org/abs/2202.11429', losses='ntxent, label_bce',
+                  sensors='two or more, alone and fused')
 class Contrastive(PairMethod):
     "Contrastive learning on pairs of sensors, classification, or both."
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, two or more, as `make_sensors` takes them
         img_size:int=120, # side of the images in pixels
-        loss:Literal['contrastive', 'classification', 'both', 'in_turn']='contrastive', # what is learned
+        loss:Literal['contrastive', 'classification', 'both', 'in_turn']='contrastive', # see above
         temperature:float=0.1, # of the contrastive term, above 0
         contrastive_weight:float=1., # of the contrastive term, in 'both'
         classification_weight:float=1., # of the classification term, in 'both'
@@ -105,16 +105,17 @@ class Contrastive(PairMethod):
         super().__init__(sensors, img_size=img_size, **kwargs)
         if loss not in PAIR_LOSSES: raise unknown_name('loss', loss, PAIR_LOSSES)
         if len(self.sensors) < 2 and loss != 'classification':
-            raise InputError("contrastive learning wants pairs", found=f"the sensor {', '.join(self.sensors)}",
-                             wanted="two sensors or more", remedy="loss=classification learns from one")
+            raise InputError("contrastive learning wants pairs", wanted="two sensors or more",
+                             found=f"the sensor {', '.join(self.sensors)}",
+                             remedy="loss=classification learns from one")
         if not temperature > 0: raise InputError("a temperature has to be positive", found=temperature)
         self.loss, self.temperature, self.vocab = loss, temperature, list(vocab or [])
         self.weights = dict(contrastive=contrastive_weight, classification=classification_weight)
         self.switch_epoch = max(1, self.optim.epochs//2) if switch_epoch is None else switch_epoch
         self.classifier = None
         if loss == 'contrastive': return
-        if not self.vocab: raise InputError("classification needs classes", found="an archive without labels",
-                                            wanted="vocab, the names of the classes", remedy="loss=contrastive")
+        if not self.vocab: raise InputError("classification needs classes", remedy="loss=contrastive",
+            found="an archive without labels", wanted="vocab, the names of the classes")
         self.classifier = LabelLoss(self.embed_dim[self.whole], len(self.vocab))
 
     @property
@@ -179,7 +180,7 @@ def losses(self:Contrastive,
 ) -> dict[str, Tensor]: # 'loss', the weighted sum, and its terms without weights
     "The training objective."
     z, weights, terms = self.project(batch), self.objective(epoch), {}
-    wanted = set(weights) if self.training else {'contrastive', *weights} if len(self.sensors) > 1 else set(weights)
+    wanted = set(weights) | (set() if self.training or len(self.sensors) < 2 else {'contrastive'})
     if 'contrastive' in wanted:
         terms['contrastive'] = pairwise_mean(ntxent_loss, self.paired(z), temperature=self.temperature)
     if 'classification' in wanted: terms['classification'] = self.label_loss(z[self.whole], batch)
@@ -193,8 +194,9 @@ def label_loss(self:Contrastive,
     "Binary cross-entropy of the labels."
     if 'labels' in batch: return self.classifier(z, batch['labels'])
     if self.loss == 'both': return 0*z.sum()
-    raise InputError("classification needs labels", found=f"none on {', '.join(map(str, batch.get('id', [])[:3]))}",
-                     wanted="labels of every patch of a batch", remedy="leave these patches out, or loss=both")
+    ids = ', '.join(map(str, batch.get('id', [])[:3]))
+    raise InputError("classification needs labels", found=f"none on {ids}",
+                     wanted="labels of every patch", remedy="leave these patches out, or loss=both")
 
 # %% ../../nbs/59_methods.contrastive.ipynb #76a147be
 @patch
@@ -202,7 +204,7 @@ def classify(self:Contrastive,
     x:Mapping[str, Tensor], # sensor -> images in raw units, (B,C,H,W); one sensor or more
 ) -> Tensor: # probabilities, (B,L), in the order of `vocab`
     "Probabilities of the classes."
-    if self.classifier is None: raise InputError("this method has no classifier", found=f"loss={self.loss}",
-                                                 wanted="loss=classification, both or in_turn")
+    if self.classifier is None: raise InputError("this method has no classifier",
+        found=f"loss={self.loss}", wanted="loss=classification, both or in_turn")
     z = self.embed(x, self.whole)
     with evaluating(self): return self.classifier.classifier(z).sigmoid()

@@ -18,8 +18,9 @@ from ..losses.duch import similarity_preservation_loss
 from .contrastive import PairMethod
 
 # %% ../../nbs/59a_methods.cross_modal.ipynb #25b8358f
-@METHODS.register('cross_modal', paper='https://arxiv.org/abs/2202.11429', sensors='two or more, alone and fused',
-                  losses='ntxent, modality_discrepancy, similarity_preservation')
+@METHODS.register('cross_modal', paper='https://arxiv.org/abs/2202.11429',
+                  losses='ntxent, modality_discrepancy, similarity_preservation',
+                  sensors='two or more, alone and fused')
 class CrossModal(PairMethod):
     "Self-supervised cross-modal retrieval with three losses."
     def __init__(self,
