@@ -34,7 +34,7 @@ def write_patch(run, folder):
     import numpy as np
     import rasterio
     from rsir_nb.config import load_run_config
-    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.parts import build_archive
     archive = build_archive(load_run_config(run).data)
     x, path = archive[0]["s2"].numpy(), Path(folder)/"patch.tif"
     size = dict(count=len(x), height=x.shape[1], width=x.shape[2])

@@ -25,9 +25,10 @@ from rsir_nb.data.transforms import random_flips
 from rsir_nb.data.vessels import VesselArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.protocols import Direction, System, rank_direction
-from rsir_nb.engine.train import build_method
+from rsir_nb.engine.loop import Training
+from rsir_nb.engine.parts import build_method
 from rsir_nb.methods.baselines import BandQuantiles, BandStatistics
-from rsir_nb.methods.hashing import train_heads
+from rsir_nb.engine.hash import train_heads
 from rsir_nb.metrics.intervals import paired_difference_ci
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -63,7 +64,7 @@ def pretrain(cfg, archive, seed):
     method = build_method(cfg, archive)
     data = ArchiveData(archive, batch_size=cfg.trainer.batch_size, seed=seed, augment=flips_and_turns)
     pl.Trainer(max_epochs=cfg.optim.epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-               enable_progress_bar=False, enable_model_summary=False).fit(method, data)
+               enable_progress_bar=False, enable_model_summary=False).fit(Training(method), data)
     return method.eval()
 
 
@@ -73,12 +74,12 @@ class Judge:
         self.rows, self.place = rows, table.place.to_numpy()
         self.truth = dict(kind=table.scene_class.to_numpy(), vessel=(table.n_vessels > 0).to_numpy())
 
-    def __call__(self, store, kind="float", metric="cosine"):
+    def __call__(self, store, kind="float"):
         found = {o: np.zeros(len(self.rows)) for o in self.truth}
         for port in set(self.place[self.rows]):
             mine, items = self.place[self.rows] == port, np.flatnonzero(self.place != port)
             d = Direction("s2", "s2", self.rows[mine], items, None)
-            _, ids = rank_direction(System("", store, kind, metric), d, K)
+            _, ids = rank_direction(System("", store, kind), d, K)
             for o, truth in self.truth.items():
                 found[o][mine] = (truth[items[ids]] == truth[self.rows[mine], None]).mean(1)
         return found
@@ -104,11 +105,11 @@ def one_fold(cfg, archive, labels, rows, seed, folder):
     common = dict(sensors=dict(archive.sensors), img_size=archive[0]["s2"].shape[-1])
     more = tuple(i/10 for i in range(11))
     found = {"chance": judge.chance(),
-             DECILES: judge(store_of(BandQuantiles(**common), "q"), metric="l2")}
+             DECILES: judge(store_of(BandQuantiles(**common), "q"))}
     extremes = BandQuantiles(**common, quantiles=more)
-    found["deciles and extremes"] = judge(store_of(extremes, "e"), metric="l2")
+    found["deciles and extremes"] = judge(store_of(extremes, "e"))
     fitted = BandStatistics(**common).fit(archive.subset(rest))
-    found["band statistics"] = judge(store_of(fitted, "b"), metric="l2")
+    found["band statistics"] = judge(store_of(fitted, "b"))
     untrained = build_method(cfg, archive)
     store = store_of(untrained, "u")
     found["untrained network"] = judge(store)

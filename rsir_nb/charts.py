@@ -9,7 +9,8 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from .html import THEMES, html_img
+from .html import html_img
+from .style import THEMES
 
 from .core import lazy_import
 

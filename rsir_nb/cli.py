@@ -17,14 +17,16 @@ import typer
 
 from .core import BACKBONES, DATASETS, INDEXES, LOSSES, METHODS, InputError, RsirError, unknown_name
 from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overwrite, ProtocolName,
-                             RunFolder, SourceSensor, TargetSensor, changes_of, is_run, run_config, shown,
-                             verb)
+                             RunFolder, SourceSensor, TargetSensor, VerbGroup, changes_of, is_run, run_config,
+                             shown, verb)
+from .plugins import load_installed
 from .verbs import bench_app, config_app, data_app, weights_app
 from .verbs_codes import codes_app
 from .verbs_pages import pages_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
-app = typer.Typer(name='rsir', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name='rsir', cls=VerbGroup, no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False,
                   help="Search satellite archives by image, across sensors.")
 groups = dict(data=data_app, codes=codes_app, weights=weights_app, config=config_app, bench=bench_app)
 for name, verbs in groups.items(): app.add_typer(verbs, name=name)
@@ -67,6 +69,7 @@ def list_command(
 ):
     "Show what can be named in a config."
     from rsir_nb.config import list_configs
+    load_installed()
     if kind and kind not in (*KINDS, 'configs'): raise unknown_name('list', kind, (*KINDS, 'configs'))
     configs = [*list_configs(), *(f'bench/{o}' for o in list_configs('bench'))]
     if kind in ('', 'configs'): print('configs:', *[f"  {o}" for o in configs], sep='\n')
@@ -84,13 +87,13 @@ def pretrain_command(
     config:ConfigName, # what to train
     overrides:Overrides=[], # changes to it # noqa: B006
     fresh:Annotated[bool, typer.Option('--fresh', help="Start over.")]=False, # forget what is there
-    dry_run:DryRun=False, # only show the config
+    dry_run:DryRun=False, # open the archive, build the method, show both and the config
 ):
     "Train a method. Called again it goes on, or says that it is done."
     from rsir_nb.config import load_config
     from rsir_nb.engine.train import pretrain
     cfg = load_config(config, overrides)
-    if shown(cfg, dry_run): return
+    if shown(cfg, dry_run, training=True): return
     run = pretrain(cfg, resume=not fresh)
     print(f"{run}: trained")
     return run
@@ -142,7 +145,7 @@ def index_command(
     from rsir_nb.engine.train import pretrain
     known = is_run(config)
     cfg = run_config(config, overrides, 'index') if known else load_config(config, overrides)
-    if shown(cfg, dry_run): return
+    if shown(cfg, dry_run, training=not known): return
     run = Path(config) if known else pretrain(cfg, resume=not fresh)
     found = index_run(run, overwrite=overwrite, **(changes_of(cfg, overrides, 'index') if known else {}))
     print(f"{run}: {len(found):,} patches can be searched")
@@ -192,7 +195,7 @@ def _picture_of(run):
     "What draws a patch of a run's archive; only pictures need the archive."
     from rsir_nb.config import load_run_config
     from rsir_nb.engine.stages import archive_picture
-    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.parts import build_archive
     return archive_picture(build_archive(load_run_config(run).data))
 
 # %% ../nbs/91_cli.ipynb #ba9713e6

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 import rsir_nb
 from .core import (DATASETS, METHODS, CorruptError, InputError, MissingFileError, atomic_path,
                           lazy_import, load_plugins, modules_with, unknown_name, write_json)
+from .plugins import load_installed
 from .typed import PLAIN, absolute_path, builder_arguments, constructors, typed_value
 
 # %% ../nbs/01_config.ipynb #5edab2b0
@@ -201,6 +202,7 @@ def load_config(
     changes.sort(key=lambda o: not any(_swaps(k, v) for k, v in o.items()))   # choices before their keys
     layers, cfg = [*_layers('base'), *_layers(name), *changes], {}
     plugins = [o['plugins'] for o in layers if 'plugins' in o][-1] or []
+    load_installed()
     load_plugins(plugins)
     for layer in layers: _merge(cfg, layer)
     checked = {o: _check_group(o, cfg[o]) for o in GROUPS}
@@ -296,6 +298,7 @@ def load_run_config(
     if missing: raise CorruptError(f"{path} is not complete", found=f"nothing for {', '.join(missing)}",
                                    wanted="the config of a run, as it was saved",
                                    remedy="restore the file, or train the run again with --fresh")
+    load_installed()
     _load_plugins(found['plugins'] or [])
     cfg = OmegaConf.create(found)
     OmegaConf.set_struct(cfg, True)

@@ -6,11 +6,11 @@
 __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError', 'InputError', 'UnknownNameError',
            'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'unknown_name', 'Registry',
            'package_sources', 'modules_with', 'registered_parts', 'legal_arguments', 'check_arguments', 'load_plugins',
-           'LazyModule', 'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json', 'folder_lock',
-           'content_hash', 'make_rng', 'declare_torchvision_ops', 'keep_freed_memory']
+           'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json', 'folder_lock', 'content_hash',
+           'make_rng']
 
 # %% ../nbs/00_core.ipynb #266f6cab
-import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, re, shutil, sys
+import ast, hashlib, importlib, importlib.util, inspect, json, os, re, shutil
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
-
 
 # %% ../nbs/00_core.ipynb #ce9f4deb
 class RsirError(Exception):
@@ -126,7 +125,6 @@ class Registry:
         lines = [f"| {r['name']} | {r['description']} | {r.get('paper', '')} |" for r in rows]
         return '\n'.join([f"| {self.kind} | what it is | paper |", "|---|---|---|", *lines])
 
-
 # %% ../nbs/00_core.ipynb #5ef05fd9
 def _home(o): return f"{o.__module__}.{o.__qualname__}"
 
@@ -219,7 +217,6 @@ def load_plugins(
             raise MissingFileError(f"the plugin {name!r} cannot be imported", found=str(e),
                 remedy="install it, or put its folder on PYTHONPATH") from e
 
-
 # %% ../nbs/00_core.ipynb #0d8075fa
 DATASETS  = Registry('dataset')
 BACKBONES = Registry('backbone')
@@ -228,21 +225,14 @@ METHODS   = Registry('method')
 INDEXES   = Registry('index')
 
 # %% ../nbs/00_core.ipynb #a79bc14e
-class LazyModule:
-    "A module that is imported when one of its attributes is first used."
+class lazy_import:
+    "Stand in for a module until one of its attributes is first used."
     def __init__(self,
         name:str, # dotted name, e.g. 'matplotlib.pyplot'
     ):
         self.__dict__['__name__'] = name
 
     def __getattr__(self, key): return getattr(importlib.import_module(self.__name__), key)
-
-def lazy_import(
-    name:str, # dotted name, e.g. 'pandas'
-) -> LazyModule: # to be used like the module
-    "Stand in for a module until it is needed."
-    return LazyModule(name)
-
 
 # %% ../nbs/00_core.ipynb #d64e3fa4
 @contextmanager
@@ -334,26 +324,3 @@ def make_rng(
 ) -> np.random.Generator: # independent of every other purpose's
     "A NumPy generator for one `purpose` under one `seed`."
     return np.random.default_rng(int(content_hash(seed, *map(str, purpose)), 16))
-
-# %% ../nbs/00_core.ipynb #b284e3ff
-def declare_torchvision_ops():
-    "Make `import torchvision` work beside a CPU build of torch; does nothing where it works already."
-    if 'torchvision' in sys.modules or importlib.util.find_spec('torchvision') is None: return
-    import torch
-    try: importlib.import_module('torchvision')
-    except RuntimeError as e:
-        if 'torchvision::nms' not in str(e): raise
-        for name in [o for o in sys.modules if o.split('.')[0] == 'torchvision']: del sys.modules[name]
-        library = torch.library.Library('torchvision', 'FRAGMENT')
-        schema = '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
-        for op in 'nms', 'qnms': library.define(op + schema)
-        declare_torchvision_ops.library = library
-
-# %% ../nbs/00_core.ipynb #4a920bfb
-def keep_freed_memory():
-    "Let this process keep large blocks that it frees, for its next large block."
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if not hasattr(libc, 'mallopt'): return
-    mmap_threshold, trim_threshold = -3, -1
-    libc.mallopt(mmap_threshold, 1 << 30)
-    libc.mallopt(trim_threshold, 2**31 - 1)

@@ -12,35 +12,15 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 
 from .core import InputError, lazy_import
+from .style import PAGE_STYLE, STYLE
 
 # %% auto #0
-__all__ = ['THEMES', 'MARKS', 'contrast_ratio', 'Mark', 'mark_of', 'to_png', 'html_img', 'Card', 'as_cards', 'html_gallery',
-           'summary', 'html_table', 'html_page']
+__all__ = ['MARKS', 'Mark', 'mark_of', 'to_png', 'html_img', 'Card', 'as_cards', 'html_gallery', 'summary', 'html_table',
+           'html_page']
 
 # %% ../nbs/02a_html.ipynb #9cd065c6
 pd = lazy_import('pandas')
 Image = lazy_import('PIL.Image')
-
-# %% ../nbs/02a_html.ipynb #3c1e550a
-THEMES:dict[str, dict[str, str]] = {
-    'light': dict(page='#ffffff', card='#f4f6f8', ink='#1b2027', quiet='#535c68', line='#d3d9e0',
-                  link='#0b57a4', good='#08694f', bad='#a63c06', none='#58616d'),
-    'dark':  dict(page='#12161b', card='#1c2229', ink='#e8ecf1', quiet='#a9b3bf', line='#39424d',
-                  link='#8abfff', good='#4fd1a5', bad='#ff9f6e', none='#a9b3bf'),
-}
-
-# %% ../nbs/02a_html.ipynb #9c731899
-def contrast_ratio(
-    a:str, # one colour, as '#rrggbb'
-    b:str, # the other
-) -> float: # 1..21
-    "The WCAG contrast ratio of two colours."
-    def luminance(colour):
-        rgb = np.array([int(colour[i:i+2], 16) for i in (1, 3, 5)])/255
-        linear = np.where(rgb <= 0.04045, rgb/12.92, ((rgb + 0.055)/1.055)**2.4)
-        return linear @ [0.2126, 0.7152, 0.0722]
-    low, high = sorted([luminance(a), luminance(b)])
-    return float((high + 0.05)/(low + 0.05))
 
 # %% ../nbs/02a_html.ipynb #5500c0f0
 @dataclass(frozen=True)
@@ -112,83 +92,6 @@ def _breakable(text):
     "A text as HTML whose long words may be broken behind an underscore."
     part = lambda o: o[0].replace('_', '_<wbr>') if len(o[0]) > 20 else o[0]
     return re.sub(r'\S+', part, escape(str(text)))
-
-
-# %% ../nbs/02a_html.ipynb #4e5b15d8
-_PARTS = """
-.rsir{background:var(--page);color:var(--ink);
-  font:1rem/1.55 system-ui,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif}
-.rsir h1,.rsir h2,.rsir h3{line-height:1.25;margin:0 0 .25rem;overflow-wrap:anywhere}
-.rsir .quiet,.rsir figcaption,.rsir caption{color:var(--quiet)}
-.rsir figure,.rsir-gallery li{margin:0}
-.rsir img{max-width:100%;height:auto} .rsir-pixels{image-rendering:pixelated}
-.rsir-gallery{padding:.75rem 0}
-.rsir-ranking{display:grid;grid-template-columns:auto 1fr;gap:1.25rem;align-items:start}
-.rsir-gallery ol{list-style:none;margin:0;padding:0;display:grid;gap:.75rem;
-  grid-template-columns:repeat(auto-fill,minmax(var(--tile),1fr))}
-.rsir-card{display:flex;flex-direction:column;height:100%;box-sizing:border-box;background:var(--card);
-  border:3px var(--line);border-radius:8px;padding:5px;overflow:hidden}
-.rsir-card img{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:3px}
-.rsir-card figcaption{font-size:.8125rem;line-height:1.4;padding:.3rem .15rem 0;overflow-wrap:anywhere}
-.rsir-card .rank{color:var(--ink);font-weight:650;font-variant-numeric:tabular-nums}
-.rsir-card .mark{font-weight:600}
-.rsir-good{border-style:solid;border-color:var(--good)} .rsir-good .mark{color:var(--good)}
-.rsir-bad{border-style:dashed;border-color:var(--bad)} .rsir-bad .mark{color:var(--bad)}
-.rsir-none{border-style:dotted;border-color:var(--none)} .rsir-none .mark{color:var(--none)}
-.rsir-query{width:calc(var(--tile)*1.15);height:auto;border:4px double var(--ink)}
-.rsir-wide{overflow-x:auto;margin:1rem 0}
-.rsir table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9375rem}
-.rsir caption{text-align:left;padding:0 0 .4rem;font-size:.9375rem}
-.rsir caption span{position:sticky;left:0;display:inline-block;max-width:calc(100vw - 2.5rem)}
-.rsir th,.rsir td{padding:.3rem 1.5rem .3rem 0;text-align:left;vertical-align:top;
-  border-bottom:1px solid var(--line)}
-.rsir th:last-child,.rsir td:last-child{padding-right:0}
-.rsir tbody th{font-weight:400}
-.rsir thead th{border-bottom:2px solid var(--quiet);vertical-align:bottom}
-.rsir .number{text-align:right} .rsir td.number,.rsir .whole{white-space:nowrap}
-@media (max-width:40rem){.rsir-ranking{grid-template-columns:1fr}
-  .rsir th,.rsir td{padding-right:.8rem}
-  .rsir-wide{background:linear-gradient(90deg,var(--page) 40%,transparent) 0 0/3rem 100% local,
-    linear-gradient(270deg,var(--page) 40%,transparent) 100% 0/3rem 100% local,
-    linear-gradient(90deg,var(--line),transparent) 0 0/1rem 100%,
-    linear-gradient(270deg,var(--line),transparent) 100% 0/1rem 100%,var(--page);
-    background-repeat:no-repeat}}
-"""
-
-# %% ../nbs/02a_html.ipynb #051d5890
-_PAGE = """
-body{margin:0}
-.rsir-page{max-width:68rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
-.rsir-page h1{font-size:clamp(1.75rem,4vw,2.5rem);line-height:1.15;letter-spacing:-.02em;margin:0 0 .5rem}
-.rsir-page main h2{font-size:1.4rem;letter-spacing:-.01em;margin:2.75rem 0 .5rem;padding-top:1rem;
-  border-top:1px solid var(--line)}
-.rsir-page main h3{font-size:1.1rem;margin:1.5rem 0 .25rem}
-.rsir-page .rsir-gallery h2,.rsir-page .rsir-gallery h3{border:0;padding:0;margin-top:1rem;font-size:1.1rem}
-.rsir-page p,.rsir-page ul,.rsir-page dl{max-width:44rem;overflow-wrap:anywhere}
-.rsir-page .lead{font-size:1.2rem;color:var(--quiet);margin:0 0 1.5rem}
-.rsir-page a{color:var(--link);text-underline-offset:.15em}
-.rsir-page :focus-visible{outline:3px solid var(--link);outline-offset:2px}
-.rsir-page code,.rsir-page pre{font-family:ui-monospace,"SF Mono",Menlo,Consolas,monospace;font-size:.875em}
-.rsir-page pre{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.8rem;
-  overflow-x:auto}
-.rsir-page main>figure{margin:1.25rem 0} .rsir-page main>figure img{border-radius:6px}
-.rsir-page dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem}
-.rsir-page dt{color:var(--quiet)} .rsir-page dd{margin:0;overflow-wrap:anywhere}
-.rsir-skip{position:absolute;left:-100vw} .rsir-skip:focus{left:1rem;top:1rem}
-@media print{.rsir-page{max-width:none;padding:0} .rsir-card,tr,figure{break-inside:avoid}
-  h2,h3{break-after:avoid} .rsir *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-  .rsir-page pre{white-space:pre-wrap}}
-@page{margin:16mm}
-"""
-
-# %% ../nbs/02a_html.ipynb #dc114291
-def _rule(where, theme):
-    return f"{where}{{{';'.join(f'--{k}:{v}' for k, v in THEMES[theme].items())};color-scheme:{theme}}}"
-
-_NIGHT = f"@media screen and (prefers-color-scheme:dark){{{_rule('.rsir', 'dark')}}}"
-_THEME = '\n'.join([_rule('.rsir', 'light'), _NIGHT, _rule('[data-jp-theme-light=true] .rsir', 'light'),
-                    _rule('[data-jp-theme-light=false] .rsir', 'dark')])
-STYLE = f"<style>\n{_THEME}{_PARTS}</style>\n"
 
 # %% ../nbs/02a_html.ipynb #0e4fa11c
 @dataclass
@@ -316,7 +219,7 @@ def html_page(
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(title)}</title>
-{STYLE.replace('</style>', _PAGE + '</style>')}</head>
+{STYLE.replace('</style>', PAGE_STYLE + '</style>')}</head>
 <body class="rsir">
 <a class="rsir-skip" href="#main">Skip to the content</a>
 <div class="rsir-page">

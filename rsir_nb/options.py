@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ConfigName', 'RunFolder', 'Overrides', 'DryRun', 'Overwrite', 'SourceSensor', 'TargetSensor', 'ProtocolName',
-           'Filters', 'FileReading', 'file_options', 'filter_options', 'verb', 'shown', 'run_config', 'changes_of',
-           'is_run']
+           'Filters', 'FileReading', 'file_options', 'filter_options', 'verb', 'VerbGroup', 'shown', 'run_config',
+           'changes_of', 'is_run']
 
 # %% ../nbs/90b_options.ipynb #8e8b5c7a
 import inspect
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from .core import InputError, MissingFileError, lazy_import, unknown_name
+from .plugins import installed
 
 # %% ../nbs/90b_options.ipynb #c3eae2f3
 omegaconf = lazy_import('omegaconf')
@@ -70,10 +72,11 @@ FileReading = Annotated[dict, file_options]
 def verb(
     app:typer.Typer, # where it belongs
     name:str, # what it is called
+    **settings, # as `typer.Typer.command` takes them
 ) -> Callable: # a decorator; the function itself stays as it was
     "Register a function as a verb, its groups of options spread out."
     def register(command):
-        app.command(name)(_spread(command))
+        app.command(name, **settings)(_spread(command))
         return command
     return register
 
@@ -92,15 +95,57 @@ def _spread(command):
     run.__annotations__ = {o.name: o.annotation for o in params}
     return run
 
+# %% ../nbs/90b_options.ipynb #2838e7c1
+class VerbGroup(TyperGroup):
+    "Verbs of this package and, where they are needed, those of installed ones."
+    def list_commands(self, ctx):
+        "The names of all verbs."
+        self.complete()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx, cmd_name):
+        "The verb of that name, or None."
+        if cmd_name not in self.commands: self.complete()
+        return super().get_command(ctx, cmd_name)
+
+    def complete(self):
+        "Add the verbs of installed packages."
+        new = [o for o in installed('rsir_nb.verbs') if o.name not in self.commands]
+        self.commands.update({o.name: _loaded(o) for o in new})
+
+# %% ../nbs/90b_options.ipynb #aa95aad6
+def _loaded(entry):
+    "The verb or group of verbs of an entry point."
+    app, name, loose = typer.Typer(), entry.name, {}
+    try: found = entry.load()
+    except Exception as e:
+        found, loose = _failing(entry, e), dict(allow_extra_args=True, ignore_unknown_options=True)
+    if isinstance(found, typer.Typer): app.add_typer(found, name=name)
+    else: verb(app, name, context_settings=loose)(found)
+    return typer.main.get_group(app).commands[name]
+
+def _failing(entry, error):
+    "A verb that says why it is none."
+    def run():
+        "Cannot be loaded."
+        raise InputError(f"the verb {entry.name!r} of the package {entry.dist.name} cannot be loaded",
+                         found=f"{type(error).__name__}: {error}", remedy="update that package, or remove it")
+    return run
+
 # %% ../nbs/90b_options.ipynb #77be556a
 def shown(
     cfg:"omegaconf.DictConfig", # a config, or a part of it
     dry_run:bool, # whether that is all
+    training:bool=False, # whether a training would follow, which is described too
 ) -> bool: # `dry_run`: the verb ends here
-    "Print `cfg` if nothing else is wanted."
+    "Print `cfg` if nothing else is wanted, and what a training would be, as comments."
     from omegaconf import OmegaConf
-    if dry_run: print(OmegaConf.to_yaml(cfg).rstrip())
-    return dry_run
+    if not dry_run: return False
+    print(OmegaConf.to_yaml(cfg).rstrip())
+    if training:
+        from rsir_nb.engine.parts import describe_training
+        for what, told in describe_training(cfg).items(): print(f"# {what}: {told}")
+    return True
 
 # %% ../nbs/90b_options.ipynb #f1a23826
 def run_config(

@@ -12,7 +12,8 @@ import numpy as np
 
 from .charts import new_axes, new_figure, tell
 from .core import InputError, lazy_import, unknown_name
-from .html import THEMES, Card, as_cards, summary
+from .html import Card, as_cards, summary
+from .style import THEMES
 from .sensors import BANDS, Sensor, get_sensor
 
 # %% auto #0

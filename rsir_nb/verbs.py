@@ -32,7 +32,7 @@ def convert_command(
     "Write an archive into a patch store: one grid, compact, with checksums. Called again, it goes on."
     from rsir_nb.config import load_config, to_dict
     from rsir_nb.data.store import write_store
-    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.parts import build_archive
     cfg = load_config('base', [f'data={dataset}', *overrides, f'out={out}'])
     if shown(cfg.data, dry_run): return
     size = size if size is not None else to_dict(cfg.data).get('img_size') or 120

@@ -29,7 +29,7 @@ def explain_command(
     "Say why two patches match: parts of the pictures, bits of the codes."
     from rsir_nb.config import load_run_config
     from rsir_nb.engine.retriever import open_search
-    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.parts import build_archive
     from rsir_nb.engine.why import explain
     search = open_search(run, build_archive(load_run_config(run).data))
     why, path = explain(search, query, hit, source, target, file), html or Path(run)/'explain.html'

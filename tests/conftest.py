@@ -5,7 +5,7 @@ from pathlib import Path
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
-from rsir_nb.core import declare_torchvision_ops
+from rsir_nb.machine import declare_torchvision_ops
 
 declare_torchvision_ops()   # before anything imports torchmetrics, which imports torchvision
 

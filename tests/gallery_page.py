@@ -10,7 +10,7 @@ from rsir_nb.engine.encode import encode
 from rsir_nb.engine.hash import paired_features
 from rsir_nb.engine.retriever import Retriever
 from rsir_nb.gallery.app import QueryGallery
-from rsir_nb.methods.hashing import train_heads
+from rsir_nb.engine.hash import train_heads
 
 archive = SyntheticArchive(n_places={places}, patches_per_place=4, img_size=60)
 home = Path('search').absolute()

@@ -237,7 +237,7 @@ def _few(parts, n, sep=", "): return sep.join([*parts[:n], *(["..."] if len(part
 
 def main(folder, pattern="*"):
     "Print one line a case and the counts; the exit status is 1 if a case failed."
-    from rsir_nb.core import declare_torchvision_ops
+    from rsir_nb.machine import declare_torchvision_ops
     declare_torchvision_ops()
     load_handlers()
     manifest = read_manifest(folder)

@@ -33,7 +33,7 @@ def pages(run, tmp_path_factory):
     from rsir_nb.engine.report import write_gallery, write_report
     from rsir_nb.engine.retriever import open_search
     from rsir_nb.engine.stages import archive_picture, index_run
-    from rsir_nb.engine.train import build_archive
+    from rsir_nb.engine.parts import build_archive
     from rsir_nb.engine.why import explain
     from rsir_nb.gallery.atlas import atlas
     folder, archive = tmp_path_factory.mktemp("html"), build_archive(run.data)
@@ -150,6 +150,6 @@ def test_a_planted_fault_is_found(pages, tab, rule, plant):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_words_are_legible_on_the_shade_of_a_table(theme):
     "The shade at the edge of a table that scrolls, whose contrast axe-core cannot judge."
-    from rsir_nb.html import THEMES, contrast_ratio
+    from rsir_nb.style import THEMES, contrast_ratio
     colours = THEMES[theme]
     for ink in "ink", "quiet": assert contrast_ratio(colours[ink], colours["line"]) >= 4.5

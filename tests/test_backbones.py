@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rsir_nb.core import BACKBONES, InputError, MissingFileError, UnknownNameError, declare_torchvision_ops
+from rsir_nb.core import BACKBONES, InputError, MissingFileError, UnknownNameError
+from rsir_nb.machine import declare_torchvision_ops
 from rsir_nb.models.backbones import IN_WEIGHTS, Backbone, make_backbone, remap_first_conv, timm_backbone
 
 declare_torchvision_ops()

@@ -10,7 +10,8 @@ from rsir_nb.engine.cluster import encode_on_ray, evaluate_on_ray
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.evaluate import evaluate_store
 from rsir_nb.engine.hash import train_hash
-from rsir_nb.engine.train import build_archive, load_method, pretrain
+from rsir_nb.engine.parts import build_archive, load_method
+from rsir_nb.engine.train import pretrain
 
 
 @pytest.fixture(scope="module")

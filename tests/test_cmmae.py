@@ -13,16 +13,19 @@ from test_weights import Command
 
 from rsir_nb.all import import_pages
 from rsir_nb.config import load_config
-from rsir_nb.core import (METHODS, CorruptError, InputError, RsirError, UnknownNameError, UnsafeFileError,
-                          declare_torchvision_ops)
-from rsir_nb.data.base import TensorArchive, Vocab
+from rsir_nb.core import METHODS, CorruptError, InputError, RsirError, UnknownNameError, UnsafeFileError
+from rsir_nb.machine import declare_torchvision_ops
+from rsir_nb.data.base import TensorArchive
+from rsir_nb.data.classes import Vocab
 from rsir_nb.data.module import ArchiveData
 from rsir_nb.simulate.synthetic import SyntheticArchive
 from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.retriever import Retriever
-from rsir_nb.engine.train import load_method, pretrain, read_history
+from rsir_nb.engine.loop import Training
+from rsir_nb.engine.parts import load_method
+from rsir_nb.engine.train import pretrain, read_history
 from rsir_nb.methods.base import Method
 from rsir_nb.methods.cmmae import CMMAE
 from rsir_nb.methods.csmae import CSMAE
@@ -70,7 +73,7 @@ def test_one_step_on_the_synthetic_archive(modalities, weight):
     archive = archive_of(*modalities)
     method = CMMAE(modalities, supervised_weight=weight, supervised_classes=WET if weight else None, **TINY)
     before = {k: v.clone() for k, v in method.named_parameters()}
-    quiet_trainer(max_steps=1).fit(method, datamodule=ArchiveData(archive, batch_size=8))
+    quiet_trainer(max_steps=1).fit(Training(method), datamodule=ArchiveData(archive, batch_size=8))
     moved = [k for k, v in method.named_parameters() if v.requires_grad and not torch.equal(v, before[k])]
     assert {k.split(".")[0] for k in moved} == {"backbone", "decoder"} | ({"classifier"} if weight else set())
     assert method.vocab == (list(archive.vocab) if weight else None)
@@ -187,7 +190,7 @@ def trained(request):
     torch.manual_seed(0)
     archive = archive_of(*request.param)
     method = CMMAE(request.param, supervised_weight=1, supervised_classes=WET, **TINY)
-    quiet_trainer(max_steps=2).fit(method, datamodule=ArchiveData(archive, batch_size=8))
+    quiet_trainer(max_steps=2).fit(Training(method), datamodule=ArchiveData(archive, batch_size=8))
     method.heads = HashHeads(dict.fromkeys(request.param, 32), 32)
     return method.eval(), archive
 

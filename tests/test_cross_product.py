@@ -18,7 +18,8 @@ from rsir_nb.data.layouts import write_v1_lmdb, write_v1_tiff, write_v2_lmdb, wr
 from rsir_nb.data.store import write_store
 from rsir_nb.simulate.synthetic import SyntheticArchive, write_scene
 from rsir_nb.data.vessels import write_vessels
-from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
+from rsir_nb.engine.parts import build_archive, build_method, load_method
+from rsir_nb.engine.train import pretrain
 
 import_pages()
 SIDE = 120

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rsir_nb.core import InputError, MissingFileError, UnknownNameError
-from rsir_nb.data.base import (Archive, Subset, TensorArchive, Vocab, assign_splits, concat_archives, read_split_csv,
-                               read_split_csvs, split_by_place)
+from rsir_nb.data.base import Archive, Subset, TensorArchive, concat_archives
+from rsir_nb.data.classes import Vocab
+from rsir_nb.data.split_lists import assign_splits, read_split_csv, read_split_csvs, split_by_place
 from rsir_nb.data.checks import check_patch, to_grid
 from rsir_nb.sensors import SENSORS
 
@@ -173,7 +174,8 @@ def test_good_patches_pass(sensor):
 
 
 def test_real_patches_pass(shared):
-    from rsir_nb.data.records import LmdbReader, load_v1_record
+    from rsir_nb.data.lmdb import LmdbReader
+    from rsir_nb.data.records import load_v1_record
     reader = LmdbReader(shared / "data/configilm_ben_lmdb/BENv1/BigEarthNetEncoded.lmdb")
     for key in reader.keys():
         bands = reader.use(key, load_v1_record)["bands"]

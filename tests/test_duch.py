@@ -10,13 +10,15 @@ from engine_run import tiny_config
 from rsir_nb.config import load_config
 from rsir_nb.core import (CorruptError, InputError, MissingFileError, UnknownNameError, UnsafeFileError)
 from rsir_nb.data.features import FeatureArchive, read_arrays
-from rsir_nb.data.module import ArchiveData, collate
+from rsir_nb.data.batches import collate
+from rsir_nb.data.module import ArchiveData
 from rsir_nb.data.transforms import blur_and_turn
 from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.evaluate import evaluate_store
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.protocols import Protocol
-from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain, read_history
+from rsir_nb.engine.parts import build_archive, build_method, load_method
+from rsir_nb.engine.train import pretrain, read_history
 from rsir_nb.losses.duch import (adversarial_loss, agreed_code_loss, discriminator_loss, geometric_ramp, gradient_penalty,
                                  similarity_preservation_loss)
 from rsir_nb.methods.duch_pairs import DuchPairs
@@ -212,7 +214,13 @@ def test_the_discriminator_step_leaves_the_heads_alone(features):
     method = Duch(FeatureArchive(features).sensors, n_bits=16, hidden_dim=24)
     codes = {m: [torch.randn(8, 16).tanh().requires_grad_(True) for _ in range(2)] for m in method.sensors}
     optim = torch.optim.SGD(method.discriminator.parameters(), lr=0.05)
-    losses = [method.train_discriminator(codes, optim, torch.Generator().manual_seed(i)).item() for i in range(100)]
+    losses = []
+    for i in range(100):
+        terms = method.discriminator_losses(codes, torch.Generator().manual_seed(i))
+        optim.zero_grad()
+        terms["loss"].backward()
+        optim.step()
+        losses.append(terms["discriminator"].item())
     assert losses[-1] < losses[0] and all(h.grad is None for pair in codes.values() for h in pair)
     method.losses_of(codes)["adversarial"].backward()
     a, b = codes.values()
@@ -251,12 +259,12 @@ def test_agreed_codes_are_refreshed(features):
 
 
 def test_resumed_training_ends_with_the_same_weights(features, full_run, tmp_path, monkeypatch):
-    step = Duch.training_step
-    def killed(self, batch, batch_idx):
-        if self.current_epoch == 2: raise RuntimeError("killed")
-        return step(self, batch, batch_idx)
+    step = Duch.steps
+    def killed(self, batch, generator):
+        if self.epoch == 2: raise RuntimeError("killed")
+        yield from step(self, batch, generator)
     cfg = full_config(features, tmp_path/"run")
-    monkeypatch.setattr(Duch, "training_step", killed)
+    monkeypatch.setattr(Duch, "steps", killed)
     with pytest.raises(RuntimeError, match="killed"): pretrain(cfg, progress=False)
     monkeypatch.undo()
     assert load_method(pretrain(cfg, progress=False)).weights_hash == load_method(full_run).weights_hash

@@ -5,7 +5,7 @@ from engine_run import tiny_config
 from rsir_nb.cli import main
 from rsir_nb.core import InputError, UnknownNameError
 from rsir_nb.engine.retriever import Retriever
-from rsir_nb.engine.train import build_archive, build_method
+from rsir_nb.engine.parts import build_archive, build_method
 from rsir_nb.retrieval.codes import CodeStore
 
 pytest.importorskip("rsir_nb.retrieval.duplicates")

@@ -11,9 +11,11 @@ import torch
 from engine_run import run_python, tiny_config
 from rsir_nb.core import BusyError, InputError, UnknownNameError, folder_lock
 from rsir_nb.data.base import Archive, TensorArchive
-from rsir_nb.engine.encode import common_sensors, encode, encode_batch, encode_run, skipped_patches
+from rsir_nb.methods.embedding import common_sensors, encode_batch
+from rsir_nb.engine.encode import encode, encode_run, skipped_patches
 from rsir_nb.engine.hash import paired_features, train_hash
-from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
+from rsir_nb.engine.parts import build_archive, build_method, load_method
+from rsir_nb.engine.train import pretrain
 from rsir_nb.retrieval.codes import CodeStore, binarise, pack_bits
 
 
@@ -58,7 +60,7 @@ def test_killed_job_goes_on(tmp_path, run, method, archive):
     code = f"""
 from engine_run import *
 from rsir_nb.engine.encode import encode
-from rsir_nb.engine.train import build_archive, load_method
+from rsir_nb.engine.parts import build_archive, load_method
 cfg = tiny_config({run.out!r})
 encode(load_method(cfg.out), build_archive(cfg.data), {str(tmp_path/'codes')!r}, batch_size=4, shard_size=8, progress=False)
 """

@@ -18,7 +18,8 @@ from rsir_nb.engine.evaluation import load_evaluation
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.protocols import (PROTOCOLS, Protocol, System, compare, directions, get_protocol, rank_direction,
                                       score_direction, store_labels, tabulate)
-from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
+from rsir_nb.engine.parts import build_archive, build_method, load_method
+from rsir_nb.engine.train import pretrain
 from rsir_nb.retrieval.codes import CodeStore
 
 

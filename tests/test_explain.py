@@ -14,7 +14,8 @@ from rsir_nb.engine.explain import match_tokens, mutual_pairs, show_match
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.retriever import Retriever, open_search
 from rsir_nb.engine.stages import index_run
-from rsir_nb.engine.train import build_archive, pretrain
+from rsir_nb.engine.parts import build_archive
+from rsir_nb.engine.train import pretrain
 from rsir_nb.engine.why import explain
 from rsir_nb.methods.tokens import token_shares, window_embeddings, window_places
 from rsir_nb.retrieval.codes import bit_statistics, hamming_distances, pack_bits, unpack_bits

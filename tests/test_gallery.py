@@ -15,7 +15,7 @@ from rsir_nb.engine.hash import paired_features
 from rsir_nb.engine.retriever import Retriever
 from rsir_nb.gallery import app
 from rsir_nb.gallery.app import QueryGallery
-from rsir_nb.methods.hashing import train_heads
+from rsir_nb.engine.hash import train_heads
 from rsir_nb.sensors import get_sensor
 
 

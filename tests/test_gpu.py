@@ -10,7 +10,8 @@ from rsir_nb.engine.encode import encode, encode_run
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.stages import index_run
-from rsir_nb.engine.train import load_method, pretrain, read_history
+from rsir_nb.engine.parts import load_method
+from rsir_nb.engine.train import pretrain, read_history
 from rsir_nb.methods.hashing import HashHeads
 from rsir_nb.models.masking import make_noise
 from rsir_nb.retrieval.codes import binarise

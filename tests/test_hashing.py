@@ -6,7 +6,8 @@ import torch
 from rsir_nb.core import InputError
 from rsir_nb.methods.base import Method
 from rsir_nb.methods.csmae import CSMAE
-from rsir_nb.methods.hashing import HashHeads, code_similarity_loss, hashing_losses, train_heads
+from rsir_nb.methods.hashing import HashHeads, code_similarity_loss, hashing_losses
+from rsir_nb.engine.hash import train_heads
 from rsir_nb.retrieval.codes import binarise, hamming_distances, pack_bits
 
 KINDS = 6

@@ -20,7 +20,8 @@ from rsir_nb.data.rasters import raster_info, read_raster
 from rsir_nb.data.scenes import SceneArchive, read_patch_file
 from rsir_nb.data.store import PatchStore, write_store
 from rsir_nb.engine.encode import encode
-from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
+from rsir_nb.engine.parts import build_archive, build_method, load_method
+from rsir_nb.engine.train import pretrain
 
 GREY = dict(bands=["amplitude"], unit="byte")
 rng = np.random.default_rng(5)

@@ -11,7 +11,7 @@ from rsir_nb.core import registered_parts
 
 HEAVY = {"torch", "pytorch_lightning", "lightning_fabric", "torchmetrics", "torchvision", "timm", "wandb", "matplotlib", "pandas",
          "numba", "rasterio", "faiss"}
-LIGHT = ["core", "typed", "config", "rundir", "sensors", "html", "charts", "show", "geo", "retrieval.codes", "retrieval.index",
+LIGHT = ["core", "typed", "machine", "plugins", "config", "rundir", "style", "sensors", "html", "charts", "show", "geo", "retrieval.codes", "retrieval.index",
          "retrieval.blocks", "retrieval.hamming", "retrieval.vectors", "retrieval.ranking", "engine.conditions", "engine.filters",
          "engine.weighted", "engine.asking", "engine.search", "engine.retriever", "options", "verbs", "verbs_codes", "verbs_pages",
          "cli", "all"]
@@ -35,6 +35,10 @@ def test_help_lists_and_mistypings_load_nothing_heavy(args):
     assert loaded_by(f"from rsir_nb.cli import main; main({args!r})") == set()
 
 
+def test_batches_need_no_lightning():
+    assert loaded_by("import rsir_nb.data.batches") & {"pytorch_lightning", "lightning_fabric", "torchmetrics", "timm"} == set()
+
+
 def test_the_number_of_modules_behind_the_help_is_small():
     code = "import sys; from rsir_nb.cli import main; main(['--help']); print('COUNT', sum(o.startswith('rsir_nb') for o in sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -43,11 +47,11 @@ def test_the_number_of_modules_behind_the_help_is_small():
 
 def test_the_source_says_what_importing_everything_registers():
     import_pages()
-    from rsir_nb.losses.pairs import MINERS
-    from rsir_nb.models.necks import NECKS
-    from rsir_nb.methods.base import HEADS
-    registries = [o for o in vars(core).values() if isinstance(o, core.Registry)] + [HEADS, MINERS, NECKS]
-    for registry in registries:
+    modules = [o for name, o in sys.modules.items() if name.startswith("rsir_nb.")]
+    registries = {o.kind: o for module in modules for o in vars(module).values() if isinstance(o, core.Registry)}
+    assert set(registries) >= set(registered_parts()) >= {"dataset", "method", "hash head", "sampler", "miner"}
+    registries.pop("metric")   # registered in a loop, once its module is imported
+    for registry in registries.values():
         mine = {name: o for name, o in registry.entries.items() if o.__module__.startswith("rsir_nb.")}
         found = registered_parts()[registry.kind]
         assert set(found) == set(mine), registry.kind

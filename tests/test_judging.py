@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rsir_nb.core import InputError, UnknownNameError
 from rsir_nb.metrics.judging import JUDGED, Judge, LabelSets, count_relevant
-from rsir_nb.metrics.measures import overlap_histogram
-from rsir_nb.metrics.scores import METRICS, Judged, Metric, drop_own, score_rankings
+from rsir_nb.metrics.labels import overlap_histogram
+from rsir_nb.metrics.scores import METRICS, Judged, drop_own, get_metric, score_rankings
 
 
 def rankings(n_queries, n_items, n_labels, share, n_dists, own, seed, depth=None):
@@ -24,7 +24,7 @@ def rankings(n_queries, n_items, n_labels, share, n_dists, own, seed, depth=None
 
 def by_definition(query, archive, ids, dists, own, ks, names):
     judged = Judged(ids, query, archive, dists, own)
-    found = {o: METRICS[o].compute(judged, ks) for o in names}
+    found = {o: get_metric(o).compute(judged, ks) for o in names}
     return {o: np.where(query.any(1)[:, None], x, np.nan) for o, x in found.items()}
 
 
@@ -98,17 +98,27 @@ def test_what_there_was_to_find(own):
 
 def test_a_metric_of_ones_own_goes_by_its_definition(monkeypatch):
     query, archive, ids, dists, own = rankings(20, 30, 9, 0.3, 8, True, 3)
-    last = Metric("whether the item at rank k is relevant", "a user", lambda j, ks: j.rel[:, np.array(ks) - 1])
-    halves = Metric("half of map", "a user", lambda j, ks: METRICS["map"].compute(j, ks)/2)
-    monkeypatch.setitem(METRICS, "last", last)
-    monkeypatch.setitem(METRICS, "precision", halves)         # a name of ours, taken over: theirs is what counts
-    found = score_rankings(ids, query, archive, [1, 5], ["last", "map", "precision"], dists, own, block=7)
-    assert list(found) == ["last", "map", "precision"]
-    np.testing.assert_allclose(found["precision"], found["map"]/2)
-    for name in "last", "precision": assert np.isnan(found[name][~query.any(1)]).all()
+    def last(j, ks):
+        "whether the item at rank k is relevant"
+        return j.rel[:, np.array(ks) - 1]
+
+    def halves(j, ks):
+        "half of map"
+        return METRICS.get("map")(j, ks)/2
+    for name, f in dict(last=last, halves=halves).items():
+        monkeypatch.setitem(METRICS.entries, name, f)
+        monkeypatch.setitem(METRICS.meta, name, dict(source="a user"))
+    assert (get_metric("halves").definition, get_metric("halves").source) == ("half of map", "a user")
+    found = score_rankings(ids, query, archive, [1, 5], ["last", "map", "halves"], dists, own, block=7)
+    assert list(found) == ["last", "map", "halves"]
+    np.testing.assert_allclose(found["halves"], found["map"]/2)
+    for name in "last", "halves": assert np.isnan(found[name][~query.any(1)]).all()
     asked = query.any(1)
     shared = query[:, None].astype(int) & archive[ids][:, [0, 4]]
     np.testing.assert_array_equal(found["last"][asked], shared.any(-1)[asked])
+    everything = score_rankings(ids, query, archive, [1, 5], None, dists, own)
+    assert {"last", "halves"} <= set(everything)
+    with pytest.raises(InputError, match="registered twice"): METRICS.register("map")(halves)
 
 
 def test_what_cannot_be_judged():
@@ -135,3 +145,60 @@ def test_no_queries_and_no_labels():
     for x in score_rankings(ids[:0], query[:0], archive, [3]).values(): assert x.shape == (0, 1)
     for x in score_rankings(ids, query*0, archive, [3]).values(): assert np.isnan(x).all()
     for x in score_rankings(ids, query, archive*0, [3]).values(): assert (x[query.any(1)] == 0).all()
+
+
+def rows_of(classes, n_classes): return np.vstack([np.eye(n_classes, dtype=np.uint8), np.zeros((1, n_classes), np.uint8)])[classes]
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_queries=st.integers(1, 9), n_items=st.integers(1, 40), n_classes=st.sampled_from([1, 3, 70]),
+       n_dists=st.sampled_from([1, 3, 200]), own=st.booleans(), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_class_numbers_are_judged_as_their_rows_of_zeros_and_ones(n_queries, n_items, n_classes, n_dists, own, seed, data):
+    rng = np.random.default_rng(seed)
+    query, archive = rng.integers(-1, n_classes, n_queries), rng.integers(-1, n_classes, n_items)
+    if own: archive = np.concatenate([query, archive])
+    dists = rng.integers(0, n_dists, (n_queries, len(archive))).astype(np.float64)
+    ids = np.argsort(dists, axis=1, kind="stable")
+    dists, owned = np.take_along_axis(dists, ids, 1), np.arange(n_queries) if own else None
+    if own: ids, dists = drop_own(ids, owned, dists)
+    ks = data.draw(st.lists(st.integers(1, ids.shape[1]), min_size=1, max_size=4))
+    for names in None, ["m3_precision", "m3_accuracy", "m3_subset_accuracy"]:
+        found = score_rankings(ids, query, archive, ks, names, dists, owned, block=4)
+        same(found, score_rankings(ids, rows_of(query, n_classes), rows_of(archive, n_classes), ks, names, dists, owned))
+    same(found, by_definition_of(query, archive, ids, dists, owned, ks, list(found)))
+
+
+def by_definition_of(query, archive, ids, dists, own, ks, names):
+    judged = Judged(ids, query, archive, dists, own)
+    return {o: np.where((query >= 0)[:, None], get_metric(o).compute(judged, ks), np.nan) for o in names}
+
+
+def test_thirty_five_thousand_classes_of_330_000_images():
+    rng, n = np.random.default_rng(0), 330_000
+    import tracemalloc
+    classes = rng.integers(0, 35_000, n)
+    rows = rng.choice(n, 3000, replace=False)
+    ids = rng.integers(0, n, (3000, 20))
+    ids[:, 3] = np.argsort(classes, kind="stable")[np.searchsorted(np.sort(classes), classes[rows])]   # one of its class
+    score_rankings(ids[:9], classes[rows[:9]], classes, [1, 5, 20])   # compiled before memory is counted
+    tracemalloc.start()
+    found = score_rankings(ids, classes[rows], classes, [1, 5, 20])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6, f"{peak/1e6:.0f} MB"                          # 11.5 GB as a dense matrix
+    hits = classes[ids] == classes[rows, None]
+    np.testing.assert_array_equal(found["hit"], np.maximum.accumulate(hits, 1)[:, [0, 4, 19]])
+    counts = np.bincount(classes)[classes[rows]]
+    np.testing.assert_allclose(found["recall"][:, 2], hits.sum(1)/counts)
+
+
+def test_forms_of_labels_do_not_mix():
+    classes, rows = np.array([0, 1, -1]), np.array([[1, 0], [0, 1], [0, 0]])
+    ids = np.array([[0, 1, 2]]*3)
+    for a, b in (classes, rows), (rows, classes):
+        with pytest.raises(InputError, match="other labels"): score_rankings(ids, a, b, [1])
+        with pytest.raises(InputError, match="other labels"): overlap_histogram(a, b)
+    for bad in np.array([0., 1., 2.]), np.array([0, -2, 1]), np.array(["a", "b", "c"]):
+        with pytest.raises(InputError, match="class numbers"): LabelSets(bad)
+    with pytest.raises(InputError, match="class numbers of the queries"): overlap_histogram(np.array([0.5]), classes)
+    for x in score_rankings(ids, classes, classes, [2]).values(): assert np.isnan(x[2]).all()

@@ -7,8 +7,10 @@ import pytest
 import torch
 from sklearn.cross_decomposition import CCA
 
-from rsir_nb.core import METHODS, CorruptError, InputError, UnknownNameError, declare_torchvision_ops
+from rsir_nb.core import METHODS, CorruptError, InputError, UnknownNameError
+from rsir_nb.machine import declare_torchvision_ops
 from rsir_nb.data.base import TensorArchive
+from rsir_nb.engine.loop import Training
 from rsir_nb.methods.base import Method
 from rsir_nb.methods.baselines import BandCCA, BandStatistics, band_statistics, canonical_correlation
 from rsir_nb.methods.csmae import CSMAE, VARIANTS
@@ -209,7 +211,7 @@ def test_weights_hash_tells_what_decides_about_codes():
 def test_what_does_not_fit_is_named(csmae):
     x = images()
     with pytest.raises(UnknownNameError, match="s3"): csmae.embed(x["s1"], "s3")
-    with pytest.raises(UnknownNameError, match="radar"): csmae.embed(dict(radar=x["s1"]))
+    with pytest.raises(InputError, match="no image of this method's sensors; found radar; wanted s1 or s2"): csmae.embed(dict(radar=x["s1"]))
     with pytest.raises(InputError, match="10: B02"): csmae.embed(x["s1"], "s2")
     with pytest.raises(InputError, match="to_grid"): csmae.embed(x["s1"][..., :20, :20], "s1")
     with pytest.raises(InputError, match="NaN"): csmae.embed(torch.full((1, 2, 24, 24), torch.nan), "s1")
@@ -232,7 +234,7 @@ def test_one_epoch_with_lightning(tmp_path):
     method = CSMAE(["s1", "s2"], optim=dict(lr=1e-3, warmup_epochs=1, epochs=2), **TINY)
     before = method.weights_hash
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Watch()], **quiet).fit(method, data, data)
+    pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Watch()], **quiet).fit(Training(method), data, data)
     assert [lr for lr, _ in seen] == pytest.approx([1e-3, 1e-3, 5e-4, 0])   # of the step that comes next
     assert {"train/loss", "train/umr_s1", "train/cmr_s2_from_s1", "train/mim"} <= set(seen[0][1])
     assert "val/loss" in seen[-1][1] and method.weights_hash != before
@@ -312,11 +314,11 @@ def test_band_cca_finds_what_sensors_share():
 
 
 def test_weights_are_hashed_once_until_they_change(monkeypatch):
-    from rsir_nb.methods import base
+    from rsir_nb.models import fingerprint
     method, calls = METHODS.create("band_statistics", sensors=["s2"], img_size=None), []
     net = METHODS.create("csmae", sensors=["s1", "s2"], **TINY)
-    real = base.content_hash
-    monkeypatch.setattr(base, "content_hash", lambda *a: calls.append(1) or real(*a))
+    real = fingerprint.content_hash
+    monkeypatch.setattr(fingerprint, "content_hash", lambda *a: calls.append(1) or real(*a))
     first = net.weights_hash
     assert net.weights_hash == first and len(calls) == 1
     weight = next(net.parameters())
@@ -341,5 +343,5 @@ def test_weights_are_hashed_once_until_they_change(monkeypatch):
 
 def real_hash(method):
     "The name, computed anew."
-    vars(method).pop("_hashed", None)
+    vars(method)["_fingerprint"].seen = None
     return method.weights_hash

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rsir_nb.core import InputError, UnknownNameError
 from rsir_nb.metrics.intervals import Interval, bootstrap_ci, paired_difference_ci
-from rsir_nb.metrics.measures import (acg_at_k, ap_at_k, f1_at_k, label_coverage, label_overlap,
-                                       label_set_scores, map_first_relevant, mmp_at_k, ndcg_at_k,
-                                       overlap_histogram, precision_at_k, recall_at_k, relevance,
-                                       tie_aware_ap, wap_at_k)
-from rsir_nb.metrics.scores import METRICS, drop_own, score_rankings, summarise
+from rsir_nb.metrics.labels import label_overlap, label_sizes, overlap_histogram, relevance
+from rsir_nb.metrics.measures import (acg_at_k, ap_at_k, f1_at_k, hit_at_k, label_set_scores,
+                                       map_first_relevant, mmp_at_k, ndcg_at_k, precision_at_k, recall_at_k,
+                                       tie_aware_ap, union_counts, union_scores, wap_at_k)
+from rsir_nb.metrics.scores import METRICS, drop_own, get_metric, score_rankings, summarise
 from sklearn.metrics import average_precision_score, ndcg_score
 
 
@@ -36,8 +36,9 @@ def ratio(a, b): return a / b if b else 0.
 class ByDefinition:
     "Every metric for one query at one depth, written as in the reference: loops, sets, and nothing shared."
 
-    def __init__(self, wanted, ranked, archive, dists):
+    def __init__(self, wanted, ranked, archive, dists, n_labels=9):
         self.wanted, self.ranked, self.archive, self.dists = wanted, ranked, archive, dists
+        self.n_labels = n_labels
         self.shared = [len(wanted & o) for o in ranked]
         self.rel = [s > 0 for s in self.shared]
         self.subset = [bool(o) and o <= wanted for o in ranked]
@@ -50,7 +51,8 @@ class ByDefinition:
 
     def precision(self, k): return self.p(k)
     def recall(self, k): return ratio(sum(self.rel[:k]), self.n_relevant)
-    def f1(self, k): return ratio(2*self.precision(k)*self.recall(k), self.precision(k) + self.recall(k))
+    def hit(self, k): return float(any(self.rel[:k]))
+    def pr_f1(self, k): return ratio(2*self.precision(k)*self.recall(k), self.precision(k) + self.recall(k))
     def map(self, k): return ratio(self.precision_sum(k), min(k, self.n_relevant))
     def map_found(self, k): return ratio(self.precision_sum(k), sum(self.rel[:k]))
     def map_first_relevant(self, k):
@@ -67,6 +69,9 @@ class ByDefinition:
 
     def acg(self, k): return sum(self.shared[:k]) / k
     def wap(self, k): return ratio(sum(self.acg(i + 1) for i in range(k) if self.rel[i]), sum(self.rel[:k]))
+    def m2_wap(self, k):
+        return ratio(sum(self.acg(i + 1)/(i + 1) for i in range(k) if self.rel[i]), sum(self.rel[:k]))
+
     def pair(self, i):
         s, o = self.shared[i], self.ranked[i]
         return ratio(s, len(o)), s / len(self.wanted), 2*s / (len(self.wanted) + len(o))
@@ -80,7 +85,12 @@ class ByDefinition:
         p, r = self.pair(k - 1)[:2]
         return ratio(2*p*r, p + r)
 
-    def m3_label_coverage(self, k): return len(self.wanted & set().union(*self.ranked[:k])) / len(self.wanted)
+    def union(self, k): return set().union(*self.ranked[:k])
+    def m3_label_coverage(self, k): return len(self.wanted & self.union(k)) / len(self.wanted)
+    def m3_precision(self, k): return ratio(len(self.wanted & self.union(k)), len(self.union(k)))
+    def m3_accuracy(self, k): return len(self.wanted & self.union(k)) / len(self.wanted | self.union(k))
+    def m3_hamming_loss(self, k): return len(self.wanted ^ self.union(k)) / self.n_labels
+    def m3_subset_accuracy(self, k): return float(self.wanted == self.union(k))
     def m3_r_precision(self, k): return self.p(k, self.subset)
     def m3_map(self, k): return self.precision_sum(k, self.subset) / k
     def m5_mmp(self, k): return self.p(depth) if (depth := min(k, self.n_relevant)) else 0.
@@ -108,8 +118,11 @@ def test_every_metric_is_its_definition(seed, own):
         ids = np.argsort(dists, axis=1, kind="stable")
         ids, dists = drop_own(ids, owned, np.take_along_axis(dists, ids, 1))
     ks = [1, 2, 3, 10, 45]
+    known = [m for m in map(get_metric, METRICS.entries) if m.of == "rankings" and not m.parts]
     found = score_rankings(ids, query, archive, ks, dists=dists, own=owned, block=5)
-    assert set(found) == {name for name, m in METRICS.items() if m.compute}
+    assert set(found) == {m.name for m in known if m.default}
+    found |= score_rankings(ids, query, archive, ks, [m.name for m in known if not m.default], own=owned)
+    assert set(found) == {m.name for m in known}
     items = sets(archive)
     for q, wanted in enumerate(sets(query)):
         if not wanted:
@@ -201,7 +214,7 @@ def test_many_labels(n_labels):
         shared = archive.astype(int) @ query[q]
         np.testing.assert_array_equal(row, np.bincount(shared, minlength=n_labels + 1))
     empty = query.sum(1) == 0
-    coverage = label_coverage(query, archive, ids, [1, 5])
+    coverage = union_scores(*union_counts(query, archive, ids), label_sizes(query), n_labels, [1, 5])["recall"]
     assert (coverage[empty] == 0).all() and (np.diff(coverage) >= 0).all()
 
 
@@ -254,23 +267,20 @@ def test_the_contrastive_cbir_system(shared):
     query, archive = x["query_labels"], x["archive_labels"]
     scores = score_rankings(ids, query, archive, range(1, top + 1))
     for ours, theirs in dict(ndcg_retrieved="ndcg", acg="acg", map_found="average_precision",
-                             m2_precision_at_rank="precision_at_rank", m2_recall_at_rank="recall_at_rank",
-                             m2_f1_at_rank="f1_at_rank").items():
+                             m2_wap="weighted_average_precision", m2_precision_at_rank="precision_at_rank",
+                             m2_recall_at_rank="recall_at_rank", m2_f1_at_rank="f1_at_rank").items():
         near = dict(rtol=1e-6, atol=1e-9, err_msg=ours)
         np.testing.assert_allclose(scores[ours].mean(0), out[f"mean.{theirs}"], **near)
         np.testing.assert_allclose(scores[ours][:, np.array(ranks) - 1], out[f"per_query.{theirs}"], **near)
-    overlap = label_overlap(query, archive, ids)     # their weighted AP divides by the rank a second time
-    rel, i = overlap > 0, np.arange(1, top + 1)
-    twice = np.cumsum(rel*acg_at_k(overlap, i)/i, 1) / np.maximum(1, np.cumsum(rel, 1))
-    np.testing.assert_allclose(twice.mean(0), out["mean.weighted_average_precision"], rtol=1e-6, atol=1e-9)
-    assert (scores["wap"] >= twice - 1e-12).all()
+    assert (scores["wap"] >= scores["m2_wap"] - 1e-12).all()
 
 
 def test_the_multi_label_metric_learning_system(shared):
     x, out, constants = golden(shared, "cv4rs.retrieval_metrics")
     labels, ids, ks = x["labels"], out["standard.neighbours"], constants["K"]
     own = np.arange(len(labels))
-    names = {"m3_label_coverage": "recall", "m3_map": "map", "m3_r_precision": "r_precision"}
+    names = {"m3_label_coverage": "recall", "m3_map": "map", "m3_r_precision": "r_precision",
+             "m3_precision": "precision", "m3_accuracy": "accuracy"}
     scores = score_rankings(ids, labels, labels, ks, list(names), own=own)
     for ours, theirs in names.items():
         for i, k in enumerate(ks):
@@ -287,6 +297,8 @@ def test_the_universal_embeddings_challenge(shared):
     found = mmp_at_k(rel, out["n_q"])
     np.testing.assert_allclose(found, out["per_query"], rtol=1e-9)
     assert found.mean() == pytest.approx(float(out["mmp5"]), rel=1e-9)
+    by_name = score_rankings(out["top5"], x["query_labels"], x["index_labels"], [5], "m5_mmp")["m5_mmp"]
+    np.testing.assert_allclose(by_name[:, 0], out["per_query"], rtol=1e-9)
 
 
 # Intervals.
@@ -379,6 +391,7 @@ def test_single_depths_and_lists_agree():
               lambda ks: wap_at_k(overlap, ks), lambda ks: ndcg_at_k(overlap, ks, histogram),
               lambda ks: ndcg_at_k(overlap, ks), lambda ks: tie_aware_ap(rel, dists, ks, n_relevant),
               lambda ks: label_set_scores(overlap, query.sum(1), sizes, ks)["precision"],
-              lambda ks: label_coverage(query, archive, ids, ks)):
+              lambda ks: hit_at_k(rel, ks), lambda ks: wap_at_k(overlap, ks, by_rank=True),
+              lambda ks: union_scores(*union_counts(query, archive, ids), query.sum(1), 9, ks)["accuracy"]):
         assert f(None).shape == (17,)
         np.testing.assert_array_equal(f(None), f([60])[:, 0])

@@ -6,7 +6,8 @@ import torch
 
 from rsir_nb.core import InputError
 from rsir_nb.data.base import TensorArchive, concat_archives
-from rsir_nb.data.module import ArchiveData, EpochSampler, collate
+from rsir_nb.data.batches import collate
+from rsir_nb.data.module import ArchiveData
 from rsir_nb.data.transforms import random_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -82,17 +83,6 @@ def test_chance_comes_from_the_seed_alone():
     assert torch.equal(state, torch.get_rng_state()), "global chance is left alone"
 
 
-@pytest.mark.parametrize("n,world", [(20, 2), (7, 2), (5, 3), (1, 2)])
-def test_devices_share_one_order(n, world):
-    archive = make(20).subset(range(n))
-    alone = EpochSampler(archive, seed=4)
-    alone.set_epoch(2)
-    shares = [EpochSampler(archive, seed=4, num_replicas=world, rank=r) for r in range(world)]
-    for o in shares: o.set_epoch(2)
-    merged = [i for group in zip(*shares, strict=True) for i in group]
-    assert merged[:n] == list(alone) and set(merged) == set(range(n)) and {len(o) for o in shares} == {-(-n // world)}
-
-
 def test_augmentation_of_ones_own():
     data = ArchiveData(make(), batch_size=4, augment=lambda batch, rng: random_crop(batch, 5, rng))
     assert next(data.batches())["s2"].shape == (4, 10, 5, 5)
@@ -105,7 +95,9 @@ def test_only_patches_with_all_sensors():
     both = concat_archives([make(), radar])
     assert len(ArchiveData(both).train) == 20 and len(ArchiveData(both, modalities=["s1"]).train) == 24
     batch = next(ArchiveData(both, batch_size=24, modalities=["s1"]).batches())
-    assert set(batch) == {"id", "s1"}, "labels are given where all of a batch have them"
+    assert set(batch) == {"id", "s1", "target", "row"}, "labels are given where all of a batch have them"
+    assert sorted(zip(batch["row"].tolist(), batch["id"], strict=True)) == list(enumerate(both.ids))
+    assert all(batch["target"][batch["row"] >= 20] == -1) and all(batch["target"][batch["row"] < 20] >= 0)
     with pytest.raises(InputError, match="nothing to learn"): ArchiveData(both.subset(list("xyz")))
     assert [len(o["id"]) for o in ArchiveData(make(), batch_size=8).batches()] == [8, 8]
     assert [len(o["id"]) for o in ArchiveData(make(4), batch_size=8).batches()] == [4]

@@ -15,8 +15,9 @@ import safetensors.numpy
 
 from rsir_nb.core import CorruptError, RsirError, UnsafeFileError
 from rsir_nb.data.encoder import dump_v1_record
-from rsir_nb.data.records import (BAND_CLASSES, NUMPY_NAMES, PATCH_CLASSES, LmdbReader, load_tuple_record,
+from rsir_nb.data.records import (BAND_CLASSES, NUMPY_NAMES, PATCH_CLASSES, load_tuple_record,
                                   load_v1_record, load_v2_record)
+from rsir_nb.data.lmdb import LmdbReader
 
 RNG = np.random.default_rng(0)
 BANDS = {"VH": RNG.normal(-18, 3, (120, 120)).astype("float32"),

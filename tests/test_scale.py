@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from rsir_nb.core import InputError, MissingFileError, UnknownNameError
-from rsir_nb.data.base import Vocab
+from rsir_nb.data.classes import Vocab
 from rsir_nb.engine import evaluate as page
 from rsir_nb.engine.evaluate import EvaluateConfig, evaluate_store
 from rsir_nb.engine.evaluation import load_evaluation

@@ -12,7 +12,8 @@ from rsir_nb.data.base import TensorArchive
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.retriever import Retriever
-from rsir_nb.engine.train import build_archive, build_method, load_method, pretrain
+from rsir_nb.engine.parts import build_archive, build_method, load_method
+from rsir_nb.engine.train import pretrain
 from rsir_nb.engine.weighted import rocchio, weighted_distances, weighted_nearest
 from rsir_nb.retrieval.codes import pack_bits, unpack_bits
 

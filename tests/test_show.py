@@ -12,8 +12,9 @@ from PIL import Image
 
 from rsir_nb.charts import html_figure, show_bars, show_curve
 from rsir_nb.core import InputError, UnknownNameError
-from rsir_nb.html import (MARKS, THEMES, Card, contrast_ratio, html_gallery, html_img, html_page, html_table,
-                          mark_of, summary, to_png)
+from rsir_nb.html import (MARKS, Card, html_gallery, html_img, html_page, html_table, mark_of, summary,
+                          to_png)
+from rsir_nb.style import THEMES, contrast_ratio
 from rsir_nb.sensors import SENSORS
 from rsir_nb.show import STRETCHES, show_grid, show_patch, show_ranking, stretch_of, to_rgb
 

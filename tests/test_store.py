@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from rsir_nb.core import DATASETS, BusyError, CorruptError, InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.base import TensorArchive, concat_archives
 from rsir_nb.data.lmdb import LmdbReader, LmdbWriter
-from rsir_nb.data.module import ArchiveData, collate
+from rsir_nb.data.batches import collate
+from rsir_nb.data.module import ArchiveData
 from rsir_nb.data.packing import PACKINGS, Packing, StoreHeader, seal
 from rsir_nb.data.store import PatchStore, StoreWriter, write_store
 from rsir_nb.sensors import Sensor, get_sensor

@@ -16,7 +16,8 @@ from rsir_nb.engine.protocols import Protocol, System, directions, get_protocol,
 from rsir_nb.engine.train import pretrain
 from rsir_nb.losses.hashing import label_relevance, supervised_hash_loss, zero_one_loss
 from rsir_nb.methods.baselines import BandQuantiles
-from rsir_nb.methods.hashing import hashing_losses, train_heads
+from rsir_nb.methods.hashing import hashing_losses
+from rsir_nb.engine.hash import train_heads
 from rsir_nb.retrieval.codes import CodeStore, binarise
 
 g = torch.Generator().manual_seed(0)

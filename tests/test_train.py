@@ -13,9 +13,9 @@ from rsir_nb.config import load_run_config
 from rsir_nb.core import (BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, folder_lock,
                           read_json)
 from rsir_nb.engine.runs import append_row, last_checkpoint, make_wandb, trim_rows
-from rsir_nb.engine.train import (TrainerConfig, build_archive, build_method, load_method, pretrain, read_history,
-                                  split_of)
-from rsir_nb.methods.optim import lr_factor
+from rsir_nb.engine.parts import TrainerConfig, build_archive, build_method, load_method, split_of
+from rsir_nb.engine.train import pretrain, read_history
+from rsir_nb.methods.optim import lr_factor, make_optim
 
 STEPS = 4   # in an epoch: 16 training patches in batches of 4
 
@@ -42,7 +42,8 @@ def test_what_a_run_leaves(whole):
 
 def test_learning_rate_follows_the_closed_form(whole):
     history = read_history(whole)
-    wanted = [1e-3*lr_factor(i, 3*STEPS, STEPS) for i in range(1, 3*STEPS + 1)]
+    optim = make_optim(dict(warmup_epochs=1, epochs=3))
+    wanted = [1e-3*lr_factor(i, 3*STEPS, 3, optim) for i in range(1, 3*STEPS + 1)]
     assert np.allclose(history["lr"], wanted)   # logged after the step that used the one before
 
 
@@ -116,12 +117,23 @@ def test_checkpoints_hold_no_code(tmp_path, monkeypatch):
     assert state["epoch"] == 0 and state["global_step"] == STEPS and "hyper_parameters" not in state
 
 
-def test_best_epoch_is_kept_beside_the_last(tmp_path):
-    run = pretrain(tiny_config(tmp_path/"run", "trainer.val_split=val", "optim.lr=0.2", "optim.epochs=4"), progress=False)
+def test_the_run_ends_with_its_best_epoch(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run = pretrain(tiny_config(tmp_path/"run", "trainer.val_split=val", "optim.lr=1", "optim.epochs=4",
+                                   "optim.schedule=constant", "optim.warmup_epochs=2"), progress=False)
     val = read_history(run)["val/loss"]
     assert val.notna().tolist() == ([False]*(STEPS - 1) + [True])*4
     best = int(np.argmin(val.dropna()))
+    assert best < 3, "the learning rate is so high that the last epoch should not be the best"
     assert {o.stem for o in (run/"checkpoints").iterdir()} == {f"epoch_{i:04}" for i in {best, 3}}
+    told = read_json(run/"finished.json")
+    assert (told["best_epoch"], told["monitor"]) == (best, "val/loss") and told["value"] == pytest.approx(val.min())
+    assert f"those of epoch {best + 1} of 4" in caplog.text
+    kept = torch.load(run/"checkpoints"/f"epoch_{best:04}.ckpt", weights_only=True)["state_dict"]
+    last = torch.load(run/"checkpoints"/"epoch_0003.ckpt", weights_only=True)["state_dict"]
+    saved = load_method(run).state_dict()
+    assert all(torch.equal(kept[f"method.{k}"], v) for k, v in saved.items())
+    assert not all(torch.equal(last[f"method.{k}"], v) for k, v in saved.items())
 
 
 def test_accumulation_and_bfloat16(tmp_path, whole):

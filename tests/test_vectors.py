@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rsir_nb.core import INDEXES, CorruptError, InputError
+from rsir_nb.core import INDEXES, CorruptError, InputError, UnknownNameError
 from rsir_nb.retrieval.vectors import VectorIndex
 from scipy.spatial.distance import cdist
 
@@ -12,7 +12,7 @@ SCIPY = {"cosine": "cosine", "l2": "sqeuclidean"}
 
 
 def filled(x, metric, ids=None):
-    ix = VectorIndex(dim=x.shape[1], metric=metric)
+    ix = VectorIndex(dim=x.shape[1], distance=metric)
     ix.add(x, ids)
     return ix
 
@@ -103,7 +103,7 @@ def test_saving_and_removing(tmp_path):
     x = rng.normal(size=(300, 8)).astype(np.float32)
     path = filled(x, "l2").save(tmp_path/"v.index")
     ix = VectorIndex.load(path)
-    assert ix.metric == "l2" and ix.dim == 8
+    assert ix.distance == "l2" and ix.dim == 8
     ix.remove(np.arange(0, 300, 2))
     ix.add(x[:4])
     dists, ids = ix.search(x[:1], 2)
@@ -121,6 +121,7 @@ def test_empty_and_bad():
     assert [o.tolist() for o in ix.range_search(np.ones((2, 4)), 3)] == [[0, 0, 0], [], []]
     for bad in np.ones(4), np.ones((1, 5)), np.full((1, 4), np.nan), np.zeros((1, 4)), [["a"]*4]:
         with pytest.raises(InputError): ix.add(bad)
-    for kwargs in dict(dim=0), dict(dim=4, metric="dot"), dict(dim=2.5):
+    for kwargs in dict(dim=0), dict(dim=2.5):
         with pytest.raises(InputError): VectorIndex(**kwargs)
+    with pytest.raises(UnknownNameError, match="distance"): VectorIndex(4, distance="dot")
     with pytest.raises(InputError, match="from 1"): ix.search(np.ones((2, 4)), 0)

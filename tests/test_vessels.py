@@ -13,7 +13,7 @@ from rsir_nb.config import load_config
 from rsir_nb.core import DATASETS, CorruptError, InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.vessels import (ANNOTATIONS, ZEROS, VesselArchive, place_in_name, read_annotations, read_name_list,
                                   read_split_lists, vessel_boxes, write_vessels)
-from rsir_nb.engine.train import build_archive
+from rsir_nb.engine.parts import build_archive
 from rsir_nb.sensors import norm_stats
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from rsir_nb.core import CorruptError, InputError, MissingFileError, RsirError, UnsafeFileError
 from rsir_nb.models.decoder import CrossSensorDecoder
 from rsir_nb.models.vit import MultiSensorViT
-from rsir_nb.models.weights import (from_published_names, infer_config, load_published, read_checkpoint,
-                                    to_published_names)
+from rsir_nb.models.names import from_published_names, to_published_names
+from rsir_nb.models.weights import infer_config, load_published, read_checkpoint
 
 CHANS = dict(s1=2, s2=10)
 SIZE = dict(img_size=40, patch_size=10, embed_dim=64, num_heads=1)

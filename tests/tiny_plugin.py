@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from rsir_nb.core import DATASETS, make_rng
-from rsir_nb.data.base import Archive, TensorArchive, Vocab
+from rsir_nb.data.base import Archive, TensorArchive
+from rsir_nb.data.classes import Vocab
 from rsir_nb.geo import wkb_box
 
 KINDS = "field", "forest", "lake", "town"

@@ -17,7 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, MissingFileError, content_hash
-from .base import Archive, Vocab, assign_splits, read_split_csvs
+from .base import Archive
+from .classes import Vocab
+from .split_lists import assign_splits, read_split_csvs
 from .checks import check_patch, to_grid
 from .files import SkipList
 from .labels import BEN19, CLASS_43_TO_19, get_vocab, label_name, to_19_labels

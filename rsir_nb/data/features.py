@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from torch import Tensor, as_tensor
 
 from ..core import DATASETS, CorruptError, InputError, MissingFileError, UnsafeFileError, unknown_name
-from .base import Archive, Vocab, split_by_place
+from .base import Archive
+from .classes import Vocab
+from .split_lists import split_by_place
 from ..sensors import Sensor
 from ..show import show_grid
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, unknown_name
-from .base import Archive, Vocab
+from .base import Archive
+from .classes import Vocab
 from .files import SkipList, date_in_name, find_files
 from .images import ImageFiles, keep_usable
 from .rasters import footprints

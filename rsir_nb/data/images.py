@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core import InputError, RsirError, unknown_name
+from .bands import RasterInfo, choose_bands, file_bands, reading_options, scaling_of, to_unit
 from .checks import FITS, check_patch, square_part, to_square
 from .files import SkipList
-from .rasters import (RasterInfo, choose_bands, file_bands, fill_nodata, raster_info, read_bands,
-                                  reading_options, scaling_of, to_unit)
+from .rasters import fill_nodata, raster_info, read_bands
 from ..sensors import Sensor, get_sensor
 
 # %% ../../nbs/10h_data.images.ipynb #f035636d

@@ -9,7 +9,8 @@ __all__ = ['join_archives']
 from typing import Mapping, Sequence
 
 from ..core import DATASETS, InputError
-from .base import Archive, concat_archives, split_by_place
+from .base import Archive, concat_archives
+from .split_lists import split_by_place
 
 # %% ../../nbs/18_data.joined.ipynb #97ac373a
 @DATASETS.register('joined')

@@ -10,7 +10,7 @@ __all__ = ['CLASS_43_TO_19', 'BEN43_ORIGINAL', 'BEN43', 'BEN19_ORIGINAL', 'BEN19
 from typing import Iterable
 
 from ..core import unknown_name
-from .base import Vocab
+from .classes import Vocab
 
 # %% ../../nbs/10a_data.labels.ipynb #5b77344b
 _DROPPED = ['Road and rail networks and associated land', 'Port areas', 'Airports',

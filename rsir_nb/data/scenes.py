@@ -19,9 +19,10 @@ from ..core import DATASETS, InputError, MissingFileError, unknown_name
 from .base import Archive
 from .checks import check_patch, to_grid, to_square
 from .files import SkipList, date_in_name, find_files
-from .rasters import (RasterInfo, band_name, choose_bands, file_bands, fill_nodata, footprints,
-                                  nodata_mask, raster_info, read_bands, read_raster, reading_options,
-                                  scaling_of, to_unit, wkb_quads)
+from .rasters import (fill_nodata, footprints, nodata_mask, raster_info, read_bands,
+                                  read_raster, wkb_quads)
+from .bands import (RasterInfo, band_name, choose_bands, file_bands, reading_options,
+                                scaling_of, to_unit)
 from ..geo import ground_side
 from ..sensors import BANDS, SENSORS, Sensor, get_sensor
 

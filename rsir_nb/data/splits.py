@@ -48,6 +48,13 @@ def _whole(n, shares):
     for i in np.argsort(out - exact, kind='stable')[:n - out.sum()]: out[i] += 1
     return out
 
+def _by_stratum(strata):
+    "stratum -> its rows, rising; strata in the order of their names."
+    numbers, values = pd.factorize(np.asarray(strata))
+    order = np.argsort(numbers, kind='stable')
+    parts = np.split(order, np.cumsum(np.bincount(numbers, minlength=len(values)))[:-1]) if len(order) else []
+    return dict(sorted(zip(values.tolist(), parts, strict=True), key=lambda o: str(o[0])))
+
 # %% ../../nbs/15a_data.splits.ipynb #spl00013
 def stratified_split(
     table:pd.DataFrame, # of an archive
@@ -61,8 +68,7 @@ def stratified_split(
     shares = _fractions(fractions, dict(query=0.67, archive=0.33))
     strata, names = strata_of(table, by, edges), np.array(list(shares), dtype=object)
     out = np.empty(len(table), dtype=object)
-    for value in sorted(set(strata.tolist()), key=str):
-        rows = np.flatnonzero(strata == value)
+    for value, rows in _by_stratum(strata).items():
         order = make_rng(seed, 'stratified_split', str(value)).permutation(rows)
         out[order] = np.repeat(names, _whole(len(rows), list(shares.values())))
     return out
@@ -84,30 +90,36 @@ def group_split(
     if len(names) < len(shares): raise InputError("there are too few groups for the splits",
         found=f"{len(names)} in {group!r}", wanted=f"at least {len(shares)}",
         remedy="ask for fewer splits, or group by a smaller unit")
-    columns = [np.ones(len(table))]
-    if by is not None: columns += _indicators(table, by, edges, which, len(shares))
-    counts = np.stack([np.bincount(which, o, len(names)) for o in columns], 1)
+    counts = np.bincount(which)[:, None].astype(float)
+    if by is not None: counts = np.hstack([counts, _class_counts(table, by, edges, which, len(shares))])
     best = min((_climb(counts, np.array(list(shares.values())), make_rng(seed, 'group_split', i))
                 for i in range(tries)), key=lambda o: o[0])[1]
     return np.array(list(shares), dtype=object)[best[which]]
 
 # %% ../../nbs/15a_data.splits.ipynb #spl00019
 log = logging.getLogger(__name__)
+_MOST_COUNTS = 10_000_000   # of a class in a group
 
-def _indicators(table, by, edges, which, n_splits):
-    "A column of zeros and ones for each class, or stratum."
+def _class_counts(table, by, edges, which, n_splits):
+    "The patches of each class, or stratum, in each group: (groups, classes)."
     is_list = lambda o: isinstance(o, (list, tuple, np.ndarray))
-    lists = table[by].map(is_list) if by in table else pd.Series(False)
-    if lists.any():
-        found = {name: np.array([a and name in o for a, o in zip(lists, table[by], strict=True)], float)
-                 for name in sorted({x for o in table[by][lists] for x in o})}
-    else:
-        strata = strata_of(table, by, edges)
-        found = {name: (strata == name).astype(float) for name in sorted(set(strata.tolist()), key=str)}
-    rare = [str(k) for k, o in found.items() if len(np.unique(which[o > 0])) < n_splits]
+    if by in table and table[by].map(is_list).any():
+        lists = table[by].map(lambda o: sorted(set(o)) if is_list(o) else []).reset_index(drop=True)
+        pairs = lists.explode().dropna()
+        rows, values = pairs.index.to_numpy(), pairs.to_numpy()
+    else: rows, values = np.arange(len(table)), strata_of(table, by, edges)
+    found = sorted(set(values.tolist()), key=str)
+    shape = which.max() + 1, len(found)
+    if np.prod(shape) > _MOST_COUNTS: raise InputError("too many classes to be kept in proportion",
+        found=f"{shape[1]:,} in {shape[0]:,} groups", wanted=f"at most {_MOST_COUNTS:,} counts",
+        remedy="pass by=None, which divides the groups by size alone")
+    place = {name: i for i, name in enumerate(found)}
+    cells = which[rows]*len(found) + np.array([place[o] for o in values.tolist()], np.int64)
+    counts = np.bincount(cells, minlength=np.prod(shape)).reshape(shape).astype(float)
+    rare = [str(found[i]) for i in np.flatnonzero((counts > 0).sum(0) < n_splits)]
     if rare: log.warning("%d of %d classes are in fewer groups than there are splits: %s",
                          len(rare), len(found), ', '.join(rare[:3]) + (', ...' if len(rare) > 3 else ''))
-    return list(found.values())
+    return counts
 
 def _cost(counts, shares, at):
     "How far the splits are from their part of each column; one without any group is worst."
@@ -160,16 +172,15 @@ def balanced_subset(
     seed:int=0, # chooses the patches
 ) -> np.ndarray: # row numbers, rising
     "Equally many patches of every class."
-    strata = strata_of(table, by, edges)
-    classes = sorted(set(strata.tolist()), key=str)
-    sizes = {o: int((strata == o).sum()) for o in classes}
-    if len(classes) < 2: raise InputError("there is nothing to balance", wanted="two classes or more",
-                                          found=f"{len(table)} patches of {len(classes)}")
+    rows = _by_stratum(strata_of(table, by, edges))
+    sizes = {name: len(part) for name, part in rows.items()}
+    if len(rows) < 2: raise InputError("there is nothing to balance", wanted="two classes or more",
+                                          found=f"{len(table)} patches of {len(rows)}")
     n = min(sizes.values()) if n is None else n
     if not 1 <= n <= min(sizes.values()):
         raise InputError("not every class has so many patches", found=sizes, wanted=f"{n} of each")
-    draw = lambda o: make_rng(seed, 'balanced_subset', str(o)).permutation(np.flatnonzero(strata == o))[:n]
-    return np.sort(np.concatenate([draw(o) for o in classes]))
+    draw = lambda name: make_rng(seed, 'balanced_subset', str(name)).permutation(rows[name])[:n]
+    return np.sort(np.concatenate([draw(name) for name in rows]))
 
 # %% ../../nbs/15a_data.splits.ipynb #spl00039
 def write_split_lists(

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from ..core import (DATASETS, CorruptError, InputError, MissingFileError, RsirError, UnknownNameError,
                           atomic_path, unknown_name)
-from .base import Archive, Vocab, check_patch, to_grid
-from .checks import to_square
+from .base import Archive
+from .classes import Vocab
+from .checks import check_patch, to_grid, to_square
 from .lmdb import LmdbReader, LmdbWriter
 from .packing import PACKINGS, Packing, RecordLayout, StoreHeader, seal, unseal
 

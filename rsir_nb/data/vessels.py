@@ -21,7 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, MissingFileError, make_rng, read_json, unknown_name, write_json
-from .base import Archive, Vocab, assign_splits
+from .base import Archive
+from .classes import Vocab
+from .split_lists import assign_splits
 from .files import SkipList, date_in_name, find_files
 from .images import ImageFiles, keep_usable
 from .rasters import footprints

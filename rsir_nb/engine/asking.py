@@ -26,7 +26,7 @@ __all__ = ['Asked', 'Asker']
 pd = lazy_import('pandas')
 torch = lazy_import('torch')
 scenes = lazy_import('rsir_nb.data.scenes')
-encoding = lazy_import('rsir_nb.engine.encode')
+embedding = lazy_import('rsir_nb.methods.embedding')
 base = lazy_import('rsir_nb.methods.base')
 
 # %% ../../nbs/72a_engine.asking.ipynb #cc0f59a1
@@ -79,8 +79,9 @@ class Asker:
         if isinstance(query, str) and query in self.rows: return self.ask_id(query, source)
         if isinstance(query, (str, Path)): return self.ask_file(query, source, file)
         if not isinstance(query, Mapping): return self.ask_array(query, source)
+        if source in self.method.joint: return self.ask_fused(query, source, str(query.get('id', 'sample')))
         seen = [m for m in query if m in self.method.sensors and source in (None, m)]
-        known = [m for m in query if m not in ('id', 'labels')]
+        known = [m for m, x in query.items() if np.ndim(x) == 3]
         if not seen: raise unknown_name('sensor of this query', source or 'any', known)
         return self.ask_array(query[seen[0]], seen[0], str(query.get('id', 'sample')))
 
@@ -108,15 +109,36 @@ def ask_array(self:Asker,
 ) -> Asked: # encoded
     "An array in raw units, (C,H,W)."
     sensors = self.method.sensors
-    x = torch.as_tensor(np.asarray(x), dtype=torch.float32)
-    fits = [m for m, o in sensors.items() if x.ndim == 3 and len(x) == o.in_chans and source in (None, m)]
+    x, legal = torch.as_tensor(np.asarray(x), dtype=torch.float32), self.method.joint.get(source, (source,))
+    fits = [m for m, o in sensors.items() if x.ndim == 3 and len(x) == o.in_chans
+            and (source is None or m in legal)]
     if len(fits) != 1: raise InputError(f"the query {name!r} fits {'many sensors' if fits else 'no sensor'}",
         found=f"shape {tuple(x.shape)}" + (f", source={source}" if source else ''),
         wanted=' or '.join(f"{m}: ({o.in_chans}, H, W)" for m, o in sensors.items()),
         remedy="pass source=" if fits else None)
+    if source in self.method.joint: return self.ask_fused({fits[0]: x}, source, name)
     scenes.check_patch(x, sensors[fits[0]], name)
     about = dict(id=name, sensor=fits[0], picture=to_rgb(x, sensors[fits[0]].bands))
-    return Asked(fits[0], encoding.encode_batch(self.method, [x], fits[0]), about, image=x)
+    return Asked(fits[0], embedding.encode_batch(self.method, [x], fits[0]), about, image=x)
+
+# %% ../../nbs/72a_engine.asking.ipynb #c1438d43
+@patch
+def ask_fused(self:Asker,
+    images:Mapping, # sensor -> array or tensor in raw units, (C,H,W); other keys are passed over
+    source:str, # one of the method's fusions
+    name:str='arrays', # how the query is called
+) -> Asked: # encoded
+    "Images of one place by several sensors as one query."
+    of, sensors = self.method.joint[source], self.method.sensors
+    x = {m: torch.as_tensor(np.asarray(images[m]), dtype=torch.float32) for m in of if m in images}
+    if not x: raise InputError(f"the query {name!r} has no image to fuse", wanted=' or '.join(of),
+                               found=', '.join(map(str, images)) or 'none')
+    for m, o in x.items(): scenes.check_patch(o, sensors[m], name)
+    first = next(iter(x))
+    z = self.method.embed({m: o[None] for m, o in x.items()}, source).float()
+    about = dict(id=name, sensor=source, fused_of=' and '.join(x),
+                 picture=to_rgb(x[first], sensors[first].bands))
+    return Asked(source, embedding.kept_of(self.method, z, source), about, image=x[first])
 
 # %% ../../nbs/72a_engine.asking.ipynb #82077067
 @patch
@@ -128,13 +150,14 @@ def ask_file(self:Asker,
     "An image file, or a folder with a file a band."
     path, file, sensors, errors = Path(path), file or {}, self.method.sensors, []
     if not path.exists(): raise _unknown_query(path, self.rows)
-    if source not in (None, *sensors): raise unknown_name('sensor of this method', source, sensors)
+    legal = (None, *self.method.modalities)
+    if source not in legal: raise unknown_name('sensor of this method', source, legal[1:])
     check_arguments(scenes.read_patch_file, file, 'a query file')
-    for m in [source] if source else sensors:
+    for m in self.method.joint.get(source, [source] if source else sensors):
         told = {**self.store.provenance.get('reading', {}).get(m, {}), 'fit': None, **file}
         try: x = scenes.read_patch_file(path, sensors[m], self.method.img_size, ground=self.ground, **told)
         except InputError as e: errors.append(e)
-        else: return self.ask_array(x, m, path.name)
+        else: return self.ask_array(x, source or m, path.name)
     raise min(errors, key=lambda e: 'has not all the bands' in str(e)) # of a sensor whose bands are there
 
 # %% ../../nbs/72a_engine.asking.ipynb #e02b4410

@@ -20,7 +20,8 @@ from .encode import encode_run
 from .evaluate import EvaluateConfig, evaluate_store
 from .evaluation import arrows
 from .hash import train_hash
-from .train import build_archive, pretrain
+from .parts import build_archive
+from .train import pretrain
 from ..html import html_page, html_table
 from ..retrieval.codes import CodeStore
 

@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from ..config import load_run_config, to_dict
 from ..core import InputError, atomic_path, check_arguments, folder_lock, read_json, write_json
 from ..data.base import Archive
-from .encode import (_check_settings, _drop, _load_shard, _make_shard, _open_finished, _Reader,
-                                   _same_job, _shard, _weights_of, _write_store, common_sensors, describe_job,
+from .encode import (_check_settings, _drop, _load_shard, _make_shard, _open_finished,
+                                   _Reader, _same_job, _shard, _weights_of, _write_store, describe_job,
                                    encode)
+from ..methods.embedding import common_sensors
 from .protocols import Protocol, System, directions, get_protocol, score_direction, tabulate
-from .train import build_archive, load_method
+from .parts import build_archive, load_method
 from ..retrieval.codes import CodeStore
 from ..remote.shards import start_ray
 from ..rundir import run_weights

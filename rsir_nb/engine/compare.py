@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ..config import load_run_config
-from ..core import InputError, MissingFileError, unknown_name
+from ..core import InputError, MissingFileError
 from .evaluation import Evaluation, load_evaluation
 from ..metrics.intervals import paired_difference_ci, sign_flip_test
-from ..metrics.scores import METRICS
+from ..metrics.scores import METRICS, get_metric
 
 # %% ../../nbs/74b_engine.compare.ipynb #e0c3f2fa
 def _evaluation(run, protocol):
@@ -63,9 +63,8 @@ def _check_alike(a, b, runs):
 # %% ../../nbs/74b_engine.compare.ipynb #9f0fd209
 def _column(tables, metric, k):
     "The column of a metric at a depth, by default the deepest that both runs know."
-    if metric not in METRICS: raise unknown_name('metric', metric, METRICS)
-    if METRICS[metric].parts: raise InputError(f"{metric} has no value for a single query",
-        wanted=f"one of {', '.join(o for o, m in METRICS.items() if not m.parts)}")
+    if get_metric(metric).parts: raise InputError(f"{metric} has no value for a single query",
+        wanted=f"one of {', '.join(o for o in METRICS.entries if not get_metric(o).parts)}")
     known = [{c for c in o if c.startswith(f'{metric}@') and o[c].notna().any()} for o in tables]
     depths = sorted(int(c.split('@')[1]) for c in known[0] & known[1])
     if not depths: raise InputError(f"{metric} was not measured in both runs", remedy="evaluate both again")

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, unknown_name
-from ..data.base import Vocab
+from ..data.classes import Vocab
 from ..retrieval.codes import CodeStore
 from ..retrieval.hamming import HammingIndex
 from ..retrieval.index import Index
@@ -149,7 +149,7 @@ class System:
     name:str # for tables
     store:CodeStore # of `encode`
     kind:str # 'binary', 'float' or 'random'
-    metric:str = 'cosine' # between embeddings: 'cosine' or 'l2'
+    distance:str|None = None # between embeddings, a name in `DISTANCES`; as the store says by default
     across:bool = True # whether embeddings of different sensors can be compared
 
     @property
@@ -173,7 +173,8 @@ def make_index(
     "An index of one sensor's items, for all directions that end there."
     if system.kind == 'random': return None
     x = system.vectors(d.target, d.items)
-    index = HammingIndex(8*x.shape[1]) if system.n_bits else VectorIndex(x.shape[1], system.metric)
+    distance = system.distance or system.store.distance
+    index = HammingIndex(8*x.shape[1]) if system.n_bits else VectorIndex(x.shape[1], distance)
     index.add(x)
     return index
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from ..config import group_arguments, save_config, to_dict
 from ..core import METHODS, InputError, atomic_path, folder_lock, write_json
-from .encode import common_sensors
-from .train import build_archive
+from ..methods.embedding import common_sensors
+from .parts import build_archive
 from ..methods.base import Method
 from ..models.names import LAYOUTS, recognise, to_published_names
 from ..models.weights import load_published, read_checkpoint

@@ -27,10 +27,9 @@ from .progress import loss_curves, reconstructions
 from .protocols import (Direction, System, directions, group_parts, rank_direction,
                                       store_labels)
 from .retriever import open_search
-from .train import build_archive
+from .parts import build_archive
 from ..html import Card, html_gallery, html_page, html_table
-from ..metrics.scores import METRICS
-from ..show import to_rgb
+from ..metrics.scores import get_metric
 
 # %% ../../nbs/76_engine.report.ipynb #a32a8721
 SYSTEM_NAMES = dict(band_statistics='band statistics', band_cca='canonical correlation of band statistics',
@@ -121,8 +120,9 @@ def _protocol_scores(evaluation):
     mine = t[t.k == k].copy()
     mine['text'] = [f"{o.value:.3f} ({o.ci_low:.3f} to {o.ci_high:.3f})" for o in mine.itertuples()]
     table = mine.pivot(index='metric', columns='direction', values='text').loc[mine.metric.unique()]
-    words = ''.join(f"<dt>{escape(m)}</dt><dd>{escape(f'{METRICS[m].definition}. {METRICS[m].source}.')}</dd>"
-                    for m in mine.metric.unique())
+    known = [get_metric(o) for o in mine.metric.unique()]
+    words = ''.join(f"<dt>{escape(m.name)}</dt><dd>{escape(f'{m.definition}. {m.source}.')}</dd>"
+                    for m in known)
     sizes = mine[['n_queries', 'n_places']].drop_duplicates()
     counts = '; '.join(f"{o.n_queries:,} queries of {o.n_places:,} places" for o in sizes.itertuples())
     return (f"<h2>All scores</h2>\n<p>In each direction {counts}. Other depths are in scores.csv.</p>\n"
@@ -170,7 +170,7 @@ def _card(archive, table, row, modality, relevance=None, distance=None):
     "One patch with its labels as caption and alternative text."
     name, names = table['id'].iloc[row], table['labels'].iloc[row]
     names = ', '.join(names) if names is not None and len(names) else 'no labels'
-    rgb = to_rgb(archive[str(name)][modality], archive.sensors[modality].bands)
+    rgb = archive.picture(str(name), modality)
     return Card(rgb, f"{modality.upper()} patch: {names}", names, relevance, distance)
 
 def _spread(rows, n):

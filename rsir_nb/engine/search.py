@@ -18,7 +18,6 @@ from ..retrieval.codes import CodeStore
 from ..retrieval.index import Index
 from ..retrieval.ranking import Ranking
 from ..retrieval.vectors import VectorIndex
-from ..show import to_rgb
 
 # %% auto #0
 __all__ = ['Searcher']
@@ -67,7 +66,7 @@ def index_of(self:Searcher,
     if by == 'codes': return self.indexes[target]
     if target not in self.vectors:
         rows, x = np.flatnonzero(self.store.present(target)), self.store.embeddings[target]
-        self.vectors[target] = VectorIndex(x.shape[1], metric='cosine')
+        self.vectors[target] = VectorIndex(x.shape[1], self.store.distance)
         self.vectors[target].add(np.asarray(x[rows], np.float32), ids=rows)
     return self.vectors[target]
 
@@ -112,10 +111,11 @@ def nearest(self:Searcher,
 
 # %% ../../nbs/73_engine.search.ipynb #07d3c1d7
 def _ranking(search, about, target, dists, rows, k, n_bits, filters, columns=None, **info):
-    draw = lambda name, m: to_rgb(search.archive[name][m], search.archive.sensors[m].bands)
     told = {name: _told(o) for name, o in filters.items() if o is not None}
     info = dict(weights_hash=search.store.weights_hash, **info, **told)
-    picture = search.archive and draw
+    if target in search.store.provenance.get('joint', {}): # of which sensors each hit was fused
+        columns = dict(columns or {}, fused_of=search.table[f'from_{target}'].to_numpy()[rows])
+    picture = search.archive and search.archive.picture
     return Ranking(about, rows, dists, search.table, target, n_bits, k, info, picture, columns)
 
 def _told(o): return o if isinstance(o, str) else str(tuple(o)) if len(o) <= 4 else f'{len(o)} ids or a mask'
@@ -142,8 +142,9 @@ def query(self:Searcher,
     rows = self.rows_where(**filters)
     if rescore is not None: return _rescored(self, asked, target, by, k, rows, rescore, filters)
     dists, near = self.nearest(asked, target, k, by, rows)
+    told = dict(by=by) if by == 'codes' else dict(by=by, distance=self.store.distance)
     n_bits = self.store.n_bits if by == 'codes' else None
-    return _ranking(self, asked.about, target, dists, near, k, n_bits, filters, by=by)
+    return _ranking(self, asked.about, target, dists, near, k, n_bits, filters, **told)
 
 # %% ../../nbs/73_engine.search.ipynb #1d7d872e
 def _rescored(search, asked, target, by, k, rows, rescore, filters):
@@ -157,12 +158,12 @@ def _rescored(search, asked, target, by, k, rows, rescore, filters):
     bits, near = search.nearest(asked, target, k*int(rescore), by, rows)
     at = np.argsort(near)
     x = np.asarray(search.store.embeddings[target][near[at]], np.float32)
-    index = VectorIndex(x.shape[1], metric='cosine')
+    index = VectorIndex(x.shape[1], search.store.distance)
     index.add(x, ids=near[at])
     dists, found = (o[0] for o in index.search(_comparable(asked, 'embeddings'), k))
     hamming = bits[at][np.searchsorted(near[at], found)]
     return _ranking(search, asked.about, target, dists, found, k, None, filters, dict(hamming=hamming),
-                    by=f'codes, then embeddings of {len(near)}')
+                    by=f'codes, then embeddings of {len(near)}', distance=search.store.distance)
 
 # %% ../../nbs/73_engine.search.ipynb #6fae689d
 @patch

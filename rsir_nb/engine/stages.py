@@ -22,15 +22,15 @@ from .evaluate import evaluate
 from .hash import train_hash
 from .report import write_report
 from .retriever import IndexConfig, Retriever
-from .train import build_archive, load_method, pretrain
-from ..show import to_rgb
+from .parts import build_archive, load_method
+from .train import pretrain
 
 # %% ../../nbs/77_engine.stages.ipynb #9783ac26
 def archive_picture(
     archive:Archive, # holds the patches
 ) -> Callable: # (patch id, sensor) -> picture (H,W,3), floats 0..1
     "How to draw the patches of `archive`."
-    return lambda name, sensor: to_rgb(archive[str(name)][sensor], archive.sensors[sensor].bands)
+    return lambda name, sensor: archive.picture(str(name), sensor)
 
 # %% ../../nbs/77_engine.stages.ipynb #509d794d
 def index_run(

@@ -21,7 +21,8 @@ from ..core import InputError, atomic_path, unknown_name
 from .bits import bit_labels, bit_values, shared_bits
 from .explain import TokenMatch, match_tokens, show_match
 from .retriever import Retriever
-from ..html import STYLE, Card, html_gallery, html_img, html_page, html_table
+from ..html import Card, html_gallery, html_img, html_page, html_table
+from ..style import STYLE
 from ..show import to_rgb
 
 # %% ../../nbs/75b_engine.why.ipynb #28c38d2a
@@ -95,7 +96,11 @@ def _seen_first(retriever, name, source):
 def _image(retriever, name, sensor):
     if retriever.archive is None: raise InputError("there are no images to look at",
         wanted="a retriever with its archive", remedy="open_search(run, archive=build_archive(cfg.data))")
-    return retriever.archive[name][sensor]
+    patch = retriever.archive[name]
+    if sensor not in patch: raise InputError(f"{name} has no image of {sensor} to explain",
+        found=', '.join(o for o in retriever.archive.sensors if o in patch),
+        remedy="ask why with the sensors alone: source=, target=")
+    return patch[sensor]
 
 def _side(retriever, asked, image):
     picture = to_rgb(image, retriever.method.sensors[asked.source].bands)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..config import load_run_config
 from ..core import InputError, RsirError
 from ..engine.retriever import Retriever, open_search
-from ..engine.train import build_archive
+from ..engine.parts import build_archive
 from ..engine.why import explain
 from ..html import to_png
 from .controls import ANY, make_controls, read_settings

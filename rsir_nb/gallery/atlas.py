@@ -22,7 +22,7 @@ from ..engine.duplicates import duplicate_rows, told_duplicates
 from ..engine.evaluation import Evaluation, arrows, load_evaluation
 from ..engine.protocols import store_labels
 from ..engine.stages import archive_picture
-from ..engine.train import build_archive
+from ..engine.parts import build_archive
 from .bits import show_bits, told_bits
 from .labels import (distance_densities, label_counts, label_together, pair_distances,
                                     show_densities, show_label_counts, show_matrix)

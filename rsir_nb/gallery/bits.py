@@ -11,7 +11,7 @@ import pandas as pd
 
 from ..charts import new_figure, tell
 from ..core import InputError
-from ..html import THEMES
+from ..style import THEMES
 from ..retrieval.codes import bit_statistics, check_codes, unpack_bits
 
 # %% ../../nbs/81c_gallery.bits.ipynb #74781972

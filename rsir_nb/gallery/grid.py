@@ -14,7 +14,8 @@ import anywidget
 import numpy as np
 import traitlets
 
-from ..html import STYLE, mark_of
+from ..html import mark_of
+from ..style import STYLE
 from ..retrieval.ranking import Ranking
 
 # %% ../../nbs/80b_gallery.grid.ipynb #67c6b2b9

@@ -18,8 +18,9 @@ from ..core import InputError, make_rng
 from ..engine.evaluation import arrows
 from ..engine.protocols import store_labels
 from .projection import store_vectors
-from ..html import THEMES
 from ..retrieval.codes import CodeStore
+from ..retrieval.distances import make_distance
+from ..style import THEMES
 
 # %% ../../nbs/81b_gallery.labels.ipynb #cfb52f15
 def label_counts(
@@ -135,15 +136,16 @@ def pair_distances(
     target:str, # sensor of the second
     limit:int=100_000, # pairs at most
     seed:int=0, # of the draw
-) -> pd.DataFrame: # distance, shares (a label or not); in `attrs`: direction, n_bits, drawn
-    "Distances of pairs: bits between codes, or 1 - cosine between embeddings where there are no codes."
+) -> pd.DataFrame: # distance, shares (a label or not); in `attrs`: direction, n_bits, drawn, distance
+    "Distances of pairs: bits between codes, or the store's distance between embeddings without codes."
     labels = store_labels(store)
     known = labels.any(1)
     rows = [np.flatnonzero(known & store.present(o)) for o in (source, target)]
     a, b, all_of_them = draw_pairs(*rows, limit, make_rng(seed, f'pairs {source} {target}'))
     if not len(a): raise InputError(f"there are no two labelled patches from {source} to {target}")
     found = pd.DataFrame(dict(distance=_distances(store, source, target, a, b), shares=_share(labels, a, b)))
-    found.attrs = dict(direction=f'{source}->{target}', n_bits=store.n_bits, drawn=not all_of_them)
+    found.attrs = dict(direction=f'{source}->{target}', n_bits=store.n_bits, drawn=not all_of_them,
+                       distance=store.distance)
     return found
 
 def _share(labels, a, b, step=100_000):
@@ -156,8 +158,8 @@ def _distances(store, source, target, a, b):
     x, y = store_vectors(store, source, a), store_vectors(store, target, b)
     if x.shape[1] != y.shape[1]: raise InputError(f"embeddings of {source} and {target} cannot be compared",
                                                   found=f"widths {x.shape[1]} and {y.shape[1]}")
-    unit = lambda z: z/np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
-    return 1 - (unit(x)*unit(y)).sum(1)
+    distance, rows = make_distance(store.distance), np.arange(len(a))
+    return distance.pairs(distance.prepare(x), distance.prepare(y), rows, rows)
 
 # %% ../../nbs/81b_gallery.labels.ipynb #6b84f078
 @dataclass
@@ -172,6 +174,7 @@ class Densities:
     direction:str # e.g. s1->s2
     n_bits:int # 0 for embeddings
     drawn:bool # whether pairs were drawn from more
+    distance:str = 'cosine' # of embeddings, a name in `DISTANCES`
 
     @property
     def overlap(self) -> float: # 0..1; NaN where there is one kind alone
@@ -200,7 +203,7 @@ def distance_densities(
     parts = [np.histogram(d[o], edges)[0]/max(1, o.sum()) for o in (shares, ~shares)]
     nearer = _chance_nearer(d[shares], d[~shares])
     return Densities((edges[1:] + edges[:-1])/2, *parts, int(shares.sum()), int((~shares).sum()), nearer,
-                     pairs.attrs['direction'], n_bits, pairs.attrs['drawn'])
+                     pairs.attrs['direction'], n_bits, pairs.attrs['drawn'], pairs.attrs['distance'])
 
 def _chance_nearer(a, b):
     "How often one of `a` is smaller than one of `b`, ties half."
@@ -215,7 +218,8 @@ def show_densities(
     ax:Axes|None=None, # where to draw; a new figure by default
 ) -> Axes: # where it was drawn
     "Both densities in one picture."
-    o, unit = densities, 'Hamming distance, bits' if densities.n_bits else '1 - cosine'
+    o = densities
+    unit = 'Hamming distance, bits' if o.n_bits else make_distance(o.distance).unit
     seen = np.flatnonzero(o.sharing + o.other)
     part = slice(max(0, seen.min() - 1), seen.max() + 2)
     parts = {'a label in common': o.sharing, 'none in common': o.other}

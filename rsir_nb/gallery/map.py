@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from ..charts import html_figure, new_axes, tell
 from ..core import InputError
 from ..geo import wkb_to_geojson
-from ..html import THEMES, mark_of
+from ..html import mark_of
+from ..style import THEMES
 from ..retrieval.ranking import Ranking
 
 # %% ../../nbs/80d_gallery.map.ipynb #4bc78608

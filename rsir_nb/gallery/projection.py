@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 
 from ..charts import new_axes, tell
 from ..core import InputError, make_rng, unknown_name
-from ..html import THEMES
+from ..style import THEMES
 from ..retrieval.codes import CodeStore, unpack_bits
 
 # %% ../../nbs/81_gallery.projection.ipynb #f43291f3

@@ -18,7 +18,8 @@ from ..charts import html_figure
 from ..core import InputError
 from .projection import (POINT_COLOURS, POINT_FILLS, POINT_SHAPES, Projection, point_groups,
                                         projection_table, show_projection)
-from ..html import STYLE, THEMES, html_table
+from ..html import html_table
+from ..style import STYLE, THEMES
 
 # %% ../../nbs/81a_gallery.scatter.ipynb #7b87ecf5
 def unit_square(

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import METHODS, InputError
-from .base import Method, in_blocks
+from .base import Method
+from ..models.rowwise import in_blocks
 
 # %% ../../nbs/52_methods.baselines.ipynb #986ba033
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -47,7 +48,7 @@ CLIP = 5.
 @METHODS.register('band_statistics', paper='none', training='fit(archive)', sensors='any')
 class BandStatistics(Method):
     "Statistics of each band, standardised over a training split: the hand-made baseline within a sensor."
-    needs_training, least_batch = False, 1
+    needs_training, least_batch, distance = False, 1, 'l2'
 
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
@@ -116,7 +117,7 @@ def fit_statistics(self:BandStatistics,
 @METHODS.register('band_quantiles', paper='none')
 class BandQuantiles(Method):
     "Deciles of each band as they are: the hand-made baseline that needs no other images."
-    needs_training, least_batch = False, 1
+    needs_training, least_batch, distance = False, 1, 'l2'
 
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
@@ -160,6 +161,8 @@ def _whitener(cov, ridge):
 @METHODS.register('band_cca', paper='Hotelling 1936', training='fit(archive)', sensors='two')
 class BandCCA(BandStatistics):
     "Canonical correlation of the band statistics of two sensors: the hand-made baseline across sensors."
+    distance = 'cosine'
+
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, two of them
         n_components:int|None=None, # length of the embedding; as long as possible by default

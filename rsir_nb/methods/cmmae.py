@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import METHODS, InputError
-from ..data.base import Vocab
-from .base import evaluating, in_blocks
+from ..data.classes import Vocab
+from ..models.rowwise import evaluating, in_blocks
 from .csmae import CSMAE
 from ..models.vit import init_transformer
 
@@ -47,15 +47,15 @@ class CMMAE(CSMAE):
     ):
         super().__init__(sensors, **kwargs)
         self.supervised_weight, self.vocab = supervised_weight, None
-        self.classes = _classes(supervised_classes, vocab)
+        asked = supervised_weight or supervised_classes is not None
+        self.classes = _classes(supervised_classes, vocab) if asked else None
         self.classifier = self.classes and _make_classifier(self.embed_dim, len(self.classes))
         if vocab is not None: self.arguments['vocab'] = self.vocab = list(vocab)
         _check_terms(self)
 
-    def setup(self, stage:str):
-        "Lightning's hook: learn what the labels of the training archive mean."
-        data = getattr(self.trainer, 'datamodule', None)
-        if stage == 'fit' and self.supervised_weight and data is not None: self.fit_labels(data.train)
+    def start_training(self, train):
+        "Learn what the labels of the training archive mean."
+        if self.supervised_weight and train is not None: self.fit_labels(train)
 
 # %% ../../nbs/53_methods.cmmae.ipynb #913a84c1
 def _make_classifier(embed_dim, n_classes): return nn.Linear(embed_dim, n_classes).apply(init_transformer)

@@ -20,12 +20,14 @@ from .. import show
 from ..core import METHODS, InputError, legal_arguments, unknown_name
 from ..losses.contrastive import modality_discrepancy_loss, ntxent_loss, pairwise_mean
 from ..losses.reconstruction import reconstruction_loss
-from .base import HEADS, Method, evaluating, fill_weights
+from .base import HEADS, Method
+from ..models.rowwise import evaluating
+from ..models.saving import fill_weights
 from .inputs import make_sensors
 from ..models.decoder import CrossSensorDecoder
 from ..models.masking import (MASKINGS, RECONSTRUCTIONS, TokenMask, decoding_plan, make_noise,
                                     masking_plan, random_masking)
-from ..models.patches import patchify, unpatchify
+from ..models.patches import patchify, token_side, unpatchify
 from ..models.names import LAYOUTS
 from ..models.vit import MultiSensorViT
 from ..models.weights import load_published
@@ -56,10 +58,12 @@ class EmbedNorm(nn.BatchNorm1d):
                   losses='reconstruction, ntxent, modality_discrepancy')
 class CSMAE(Method):
     "Cross-sensor masked autoencoder."
+    training_only = 'decoder',
+
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
         img_size:int=120, # side of the images in pixels
-        patch_size:int=15, # side of a token in pixels; divides `img_size`
+        patch_size:int|None=15, # side of a token in pixels, divides `img_size`; None for the one nearest 15
         embed_dim:int=768, # width of the encoder, and length of the embedding
         num_heads:int=12, # attention heads of the encoder
         specific_depth:int=10, # encoder blocks that each sensor has for itself
@@ -86,20 +90,19 @@ class CSMAE(Method):
         **kwargs, # further arguments of `Method`: optim, seed, band_orders, transpose
     ):
         super().__init__(sensors, img_size=img_size, norm=norm, **kwargs)
-        depths = specific_depth, shared_depth
-        _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths)
+        _check(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, (specific_depth, shared_depth))
         chans = {m: s.in_chans for m, s in self.sensors.items()}
+        patch_size = token_side(img_size) if patch_size is None else patch_size
         self.backbone = MultiSensorViT(chans, img_size, patch_size, embed_dim, num_heads, specific_depth,
                                        shared_depth, mlp_ratio, global_pool)
         sizes = dict(embed_dim=decoder_embed_dim, depth=decoder_depth, num_heads=decoder_num_heads)
         self.decoder = decoder and CrossSensorDecoder(chans, embed_dim, self.backbone.grid, patch_size,
                                                       decoder, mlp_ratio=mlp_ratio, **sizes)
-        self.masking, self.reconstruction, self.mask_ratio = masking, reconstruction, mask_ratio
-        self.decode_ratio = decode_ratio
+        self.masking, self.reconstruction = masking, reconstruction
+        self.mask_ratio, self.decode_ratio, self.embed_dim = mask_ratio, decode_ratio, embed_dim
         self.embed_norms = embed_norm and nn.ModuleDict({m: EmbedNorm(embed_dim) for m in self.sensors})
         self.temperature, self.kind, self.norm_pix = temperature, reconstruction_loss, norm_pix
         self.weights = dict(umr=umr_weight, cmr=cmr_weight, mim=mim_weight, mde=mde_weight)
-        self.embed_dim = embed_dim
         self.least_batch = -(-Method.least_batch // (self.backbone.n_tokens + 1))
 
     def encode(self, x:Tensor, modality:str) -> Tensor:
@@ -112,7 +115,7 @@ class CSMAE(Method):
         return self.embed_norms[modality](z) if self.embed_norms else z
 
 # %% ../../nbs/51_methods.csmae.ipynb #9b56a273
-def _check_choices(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths):
+def _check(masking, reconstruction, embed_norm, decode_ratio, mask_ratio, depths):
     for what, name, legal in (('masking strategy', masking, MASKINGS),
                               ('reconstruction strategy', reconstruction, RECONSTRUCTIONS),
                               ('embed_norm', embed_norm, (None, 'batch'))):
@@ -241,6 +244,7 @@ def reconstruct(self:CSMAE,
     batch = {m: batch[m].to(self.device) for m in self.sensors if m in batch}
     if self.decoder is None:
         raise InputError("this CSMAE has no decoder", remedy="build it with decoder='specific' or 'common'")
+    self.need('decoder')
     P, guesses, scored = self.backbone.patch_size, {}, {}
     with evaluating(self): out = self.masked_pass(batch, noises, generator)
     def pixels(mask):

@@ -17,14 +17,15 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import METHODS, InputError, MissingFileError
-from ..data.module import collate
+from ..data.batches import collate
 from ..data.transforms import blur_and_turn
 from ..losses.contrastive import ntxent_loss
 from ..losses.duch import adversarial_loss, agreed_code_loss, discriminator_loss, gradient_penalty
 from ..losses.hashing import bit_balance_loss
-from .base import HEADS, Method, evaluating
+from .base import HEADS, Method
+from ..models.rowwise import evaluating
 from .inputs import make_sensors
-from .optim import OptimConfig, make_optimizer
+from .optim import OptimConfig
 
 # %% ../../nbs/54a_methods.duch.ipynb #4c07c0d2
 @HEADS.register('duch', paper='https://arxiv.org/abs/2201.08125')
@@ -60,6 +61,8 @@ def make_discriminator(
                   losses='ntxent of codes and views, agreed codes, bit_balance, adversarial')
 class Duch(Method):
     "Deep unsupervised contrastive hashing of two modalities on frozen features."
+    training_only = 'discriminator',
+
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor: two, and second views of them as `<modality>_view`
         img_size:int|None=None, # side of the patches in pixels; that of the backbone, or 1
@@ -82,7 +85,7 @@ class Duch(Method):
         frozen = None if backbone is None else freeze_method(backbone)
         own = _two_modalities(make_sensors(sensors), img_size, frozen)
         super().__init__(own, img_size=frozen.img_size if frozen else 1, norm=None, optim=optim, seed=seed)
-        self.backbone, self.automatic_optimization = frozen, False
+        self.backbone = frozen
         if frozen: self.arguments['backbone'] = _told(frozen)
         self.embed_dim = frozen.embed_dim if frozen else {m: s.in_chans for m, s in own.items()}
         dims = self.embed_dim if isinstance(self.embed_dim, Mapping) else dict.fromkeys(own, self.embed_dim)
@@ -91,8 +94,9 @@ class Duch(Method):
         self.temperature, self.noise, self.penalty = temperature, noise, penalty
         self.weights = dict(inter=inter_weight, intra=intra_weight, adversarial=adversarial,
                             quantisation=quantisation, balance=balance)
-        self.dis_optim = dict(lr=dis_lr, weight_decay=dis_weight_decay, betas=(0.5, 0.9))
-        self.memory, self.targets = None, None
+        self.dis_optim = OptimConfig(lr=dis_lr, weight_decay=dis_weight_decay, betas=(0.5, 0.9),
+                                     schedule='constant', warmup_epochs=0)
+        self.items, self.memory, self.targets = None, None, None
         self.least_batch = frozen.least_batch if frozen else 1
 
     def encode(self, x:Tensor, modality:str) -> Tensor:
@@ -243,75 +247,54 @@ def agree(self:Duch,
 log = logging.getLogger(__name__)
 
 @patch
-def configure_optimizers(self:Duch) -> tuple: # two optimisers, and the schedule of the first
-    "AdamW twice; warm-up and schedule are those of the hash modules."
-    steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
-    made = make_optimizer(self.heads.parameters(), self.optim, steps, epochs if (epochs or 0) > 0 else None)
-    judge = torch.optim.AdamW(self.discriminator.parameters(), **self.dis_optim)
-    return [made['optimizer'], judge], [made['lr_scheduler']]
+def optimisers(self:Duch) -> dict[str, tuple]: # the hash modules', and the discriminator's where it has a say
+    "Two optimisers that take turns."
+    made = dict(main=(self.heads.parameters(), self.optim))
+    if self.weights['adversarial']: made['discriminator'] = self.discriminator.parameters(), self.dis_optim
+    return made
 
 @patch
-def configure_callbacks(self:Duch) -> list: # none; but a hook that comes before anything is computed
-    "Refuse what two optimisers that take turns cannot have."
-    o = self.trainer
-    if o.gradient_clip_val is None and o.accumulate_grad_batches == 1: return []
-    raise InputError("DUCH trains two networks in turns, without clipping or accumulation",
-                     found=f"clip {o.gradient_clip_val}, accumulate {o.accumulate_grad_batches}",
-                     remedy="leave trainer.clip empty and trainer.accumulate at 1")
+def start_training(self:Duch,
+    train, # the training items
+):
+    "Note what is to be remembered."
+    self.items, self.memory = train, None
 
 @patch
-def on_fit_start(self:Duch):
-    "Lightning's hook: embed the training items."
-    data = getattr(self.trainer, 'datamodule', None)
-    if data is not None: log.info("embedding %d items and their second views once", len(data.train))
-    self.memory = None if data is None else self.remember(data.train)
+def start_epoch(self:Duch,
+    epoch:int, # its number
+):
+    "Embed the training items, once; then agree on codes."
+    if self.items is None: return
+    if self.memory is None:
+        log.info("embedding %d items and their second views once", len(self.items))
+        self.memory = self.remember(self.items)
+    self.targets = self.agree(self.memory, epoch)
 
 @patch
-def on_train_epoch_start(self:Duch):
-    "Lightning's hook: agree on codes."
-    self.targets = None if self.memory is None else self.agree(self.memory, self.current_epoch)
-
-@patch
-def train_discriminator(self:Duch,
+def discriminator_losses(self:Duch,
     codes:Mapping[str, Sequence[Tensor]], # modality -> values of the bits of two views, (B,K) each
-    optimizer:torch.optim.Optimizer, # of the discriminator
     generator:torch.Generator|None=None, # for the points between codes, on the CPU
-) -> Tensor: # its loss before the step
-    "One step towards telling the second modality's codes (real) from the first one's (fake)."
+) -> dict[str, Tensor]: # 'loss', and without the gradient penalty 'discriminator'
+    "How well the second modality's codes (real) are told from the first one's (fake)."
     fake, real = (torch.cat([*h]).detach().float() for h in codes.values())
     with torch.autocast(real.device.type, enabled=False):
         loss = discriminator_loss(self.discriminator(real), self.discriminator(fake))
-        total = loss + self.penalty*gradient_penalty(self.discriminator, real, fake, generator)
-    optimizer.zero_grad()
-    total.backward()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for p in self.discriminator.parameters():
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= torch.distributed.get_world_size()
-    optimizer.step()
-    return loss.detach()
+        penalty = gradient_penalty(self.discriminator, real, fake, generator)
+    return dict(loss=loss + self.penalty*penalty, discriminator=loss)
 
 # %% ../../nbs/54a_methods.duch.ipynb #d155084d
 @patch
-def training_step(self:Duch,
+def steps(self:Duch,
     batch:dict, # id: list of ids; modality -> patches, (B,C,H,W)
-    batch_idx:int, # number of the batch in the epoch
+    generator:torch.Generator|None=None, # for views, noise and points between codes, on the CPU
 ):
-    "A step of the discriminator, then one of the hash modules; logs every term as `train/<name>`."
-    generator, targets = self.step_generator('train', self.current_epoch, batch_idx), None
+    "A step of the discriminator, then one of the hash modules."
+    targets = None
     if self.memory is None: views = self.embed_views(batch, generator)
     else:
         at, views = self.memory.take(batch['id'])
         targets = self.targets[at].to(self.device)
     codes = self.codes_of(views, generator)
-    heads, judge = self.optimizers()
-    found = {}
-    if self.weights['adversarial']:
-        found['discriminator'] = self.train_discriminator(codes, judge.optimizer, generator)
-    terms = self.losses_of(codes, targets)
-    heads.zero_grad()
-    self.manual_backward(terms['loss'])
-    heads.step()
-    self.lr_schedulers().step()
-    found |= {k: v.detach() for k, v in terms.items()}
-    self.log_dict({f'train/{k}': v for k, v in found.items()}, batch_size=len(batch['id']))
+    if self.weights['adversarial']: yield 'discriminator', self.discriminator_losses(codes, generator)
+    yield 'main', self.losses_of(codes, targets)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ..core import METHODS, InputError, unknown_name
 from ..losses.contrastive import modality_discrepancy_loss, ntxent_loss, pairwise_mean
 from ..losses.duch import geometric_ramp, similarity_preservation_loss
-from .base import HEADS, Method, fill_weights
+from .base import HEADS, Method
+from ..models.saving import fill_weights
 from .inputs import make_sensors
 from ..models.names import LAYOUTS, Layout
+from ..models.patches import token_side
 from ..models.vit import MultiSensorViT
 from ..models.weights import infer_config, load_published
 
@@ -80,7 +82,7 @@ class DuchPairs(Method):
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, two or more, as `make_sensors` takes them
         img_size:int=120, # side of the images in pixels
-        patch_size:int=8, # side of a token in pixels; divides `img_size`
+        patch_size:int|None=8, # side of a token in pixels, divides `img_size`; None for the one nearest 8
         embed_dim:int=768, # width of the encoders, and length of the embedding
         num_heads:int=12, # attention heads
         depth:int=12, # blocks of each encoder
@@ -100,6 +102,7 @@ class DuchPairs(Method):
         super().__init__(sensors, img_size=img_size, norm=norm, **kwargs)
         _check_objective(self.sensors, similarity_sign)
         chans = {m: s.in_chans for m, s in self.sensors.items()}
+        patch_size = token_side(img_size, 8) if patch_size is None else patch_size
         self.backbone = TwinViT(chans, img_size, patch_size, embed_dim, num_heads, depth, mlp_ratio,
                                 global_pool)
         self.heads = SharedHead(embed_dim, list(self.sensors), n_bits)
@@ -126,7 +129,7 @@ def ramp(self:DuchPairs,
     epoch:int|None=None, # number of the epoch; the one that is being trained by default
 ) -> float: # up to 1
     "What the weights of the two terms on embeddings are multiplied with."
-    if epoch is None: epoch = self.current_epoch if self.training else self.ramp_epochs
+    if epoch is None: epoch = self.epoch if self.training else self.ramp_epochs
     return geometric_ramp(epoch, self.ramp_epochs, self.ramp_start)
 
 @patch

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core import InputError
-from .base import Method, evaluating
+from .base import Method
+from ..models.rowwise import evaluating
 from ..models.vit import MultiSensorViT
 
 # %% ../../nbs/56_methods.tokens.ipynb #94d19068

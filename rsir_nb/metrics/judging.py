@@ -6,30 +6,40 @@
 __all__ = ['JUDGED', 'WAITS', 'LabelSets', 'count_relevant', 'Judge']
 
 # %% ../../nbs/44a_metrics.judging.ipynb #a774f59b
-import os
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Sequence
 
 import numba
 import numpy as np
 from fastcore.basics import patch
-from numba.extending import intrinsic
 
 from ..core import InputError, unknown_name
-from .measures import check_depths, check_ids, check_ties, label_words
+from .labels import check_ids, class_numbers, label_words
+from .measures import check_depths, check_ties
+from ..retrieval.blocks import count_threads, run_tasks
+from ..retrieval.kernels import count_ones
 
 # %% ../../nbs/44a_metrics.judging.ipynb #4d948730
 class LabelSets:
-    "Labels of many images as 64-bit words, beside the distinct sets among them."
+    "Labels of many images, beside the distinct sets among them."
     def __init__(self,
-        labels:np.ndarray, # zeros and ones, (N,L)
+        labels:np.ndarray, # zeros and ones (N,L), or class numbers (N,), -1 where unknown
         what:str='archive', # how an error calls them
     ):
+        self.classes = class_numbers(labels, what) if np.ndim(labels) == 1 else None
+        if self.single:
+            self.n_labels, self.words = 2, (self.classes >= 0).astype(np.uint64)[:, None]
+            self.sets, self.which = np.unique(self.classes, return_inverse=True)
+            return
         self.words, self.n_labels = label_words(labels, what), np.shape(labels)[1]
         width = self.words.shape[1]
         keys = self.words[:, 0] if width == 1 else self.words.view(f'V{8*width}')[:, 0]
         _, first, self.which = np.unique(keys, return_index=True, return_inverse=True)
         self.sets = self.words[first]
+
+    @property
+    def single(self) -> bool: # whether the labels are class numbers
+        return self.classes is not None
 
     def take(self,
         rows:np.ndarray, # row numbers, (n,)
@@ -38,22 +48,24 @@ class LabelSets:
         part = object.__new__(LabelSets)
         part.words, part.which = self.words[rows], self.which[rows]
         part.sets, part.n_labels = self.sets, self.n_labels
+        part.classes = self.classes[rows] if self.single else None
         return part
 
     def __len__(self): return len(self.words)
 
     @property
-    def labels(self) -> np.ndarray: # uint8 zeros and ones, (N,L)
+    def labelled(self) -> np.ndarray: # bool (N,)
+        "Which images have a label."
+        return self.words.any(axis=1)
+
+    @property
+    def labels(self) -> np.ndarray: # uint8 zeros and ones (N,L), or int64 class numbers (N,)
         "The labels as they were given."
+        if self.single: return self.classes
         bits = np.unpackbits(self.words.view(np.uint8), axis=1, bitorder='little')
         return bits[:, :self.n_labels]
 
 # %% ../../nbs/44a_metrics.judging.ipynb #b82b945a
-@intrinsic
-def _popcount(typing, word):
-    def build(context, builder, signature, args): return builder.ctpop(args[0])
-    return numba.uint64(numba.uint64), build
-
 _jit = numba.njit(nogil=True, cache=False)
 
 @_jit
@@ -62,19 +74,15 @@ def _count_overlaps(queries, sets, counts, out):
     for q in range(len(queries)):
         for i in range(len(sets)):
             shared = np.uint64(0)
-            for w in range(queries.shape[1]): shared += _popcount(queries[q, w] & sets[i, w])
+            for w in range(queries.shape[1]): shared += count_ones(queries[q, w] & sets[i, w])
             out[q, np.int64(shared)] += counts[i]
 
 # %% ../../nbs/44a_metrics.judging.ipynb #692a31ff
 def _deal(n, call, threads=None, smallest=64):
     "Call `call(first, stop)` for pieces of `n` rows, on threads."
-    threads = threads or int(os.environ.get('OMP_NUM_THREADS') or len(os.sched_getaffinity(0)))
+    threads = count_threads(threads)
     step = max(smallest, -(-n//(4*threads)))
-    pieces = [(i, min(i + step, n)) for i in range(0, n, step)]
-    if threads == 1 or len(pieces) < 2:
-        for piece in pieces: call(*piece)
-        return
-    with ThreadPoolExecutor(threads) as pool: list(pool.map(lambda piece: call(*piece), pieces))
+    run_tasks([partial(call, i, min(i + step, n)) for i in range(0, n, step)], threads)
 
 # %% ../../nbs/44a_metrics.judging.ipynb #6447a3eb
 def count_relevant(
@@ -84,10 +92,11 @@ def count_relevant(
     threads:int|None=None, # by default all cores, or what OMP_NUM_THREADS says
 ) -> tuple[np.ndarray, np.ndarray]: # which query set each query has, (Q,); int64 (U,L+1)
     "How many items share at least s labels, s from 0 to L, with each of the U query sets."
+    if (queries.n_labels, queries.single) != (items.n_labels, items.single):
+        raise InputError("queries and archive have other labels", found=' and '.join(
+            'class numbers' if o.single else f'{o.n_labels} classes' for o in (queries, items)))
     used, which = np.unique(queries.which, return_inverse=True)
-    if queries.n_labels != items.n_labels:
-        raise InputError("queries and archive have other labels",
-                         found=f"{queries.n_labels} and {items.n_labels} classes")
+    if queries.single: return which, _count_classes(queries.sets[used], items, leave_out)
     words, counts = queries.sets[used], np.bincount(items.which, minlength=len(items.sets))
     there = np.flatnonzero(counts)
     sets, counts = items.sets[there], counts[there]
@@ -95,6 +104,15 @@ def count_relevant(
     _deal(len(used), lambda i, j: _count_overlaps(words[i:j], sets, counts, histogram[i:j]), threads)
     if leave_out: histogram[np.arange(len(used)), np.bitwise_count(words).sum(1, dtype=int)] -= 1
     return which, np.cumsum(histogram[:, ::-1], axis=1)[:, ::-1]
+
+def _count_classes(classes, items, leave_out):
+    "The numbers of all items and of those of each class, (U,3); the class -1 has none."
+    if not len(items): return np.zeros((len(classes), 3), np.int64)
+    counts = np.bincount(items.which, minlength=len(items.sets))
+    at = np.searchsorted(items.sets, classes).clip(max=len(items.sets) - 1)
+    known = classes >= 0
+    same = np.where((items.sets[at] == classes) & known, counts[at], 0)
+    return np.stack([np.full(len(same), len(items) - leave_out), same - (leave_out & known), 0*same], axis=1)
 
 # %% ../../nbs/44a_metrics.judging.ipynb #6d568ed0
 def _ideal_dcg(at_least, ks, discounts):
@@ -108,21 +126,22 @@ def _ideal_dcg(at_least, ks, discounts):
 @_jit
 def _walk(ids, start, stop, query, items, size, n_relevant, gains, discounts, inverse, levels, union, hits,
           sums):
-    rel, sub, ap, sub_ap, shared, wap, dcg, precision, pair, early, s, z = sums
+    rel, sub, ap, sub_ap, shared, wap, wap_by_rank, dcg, precision, pair, early, s, z = sums
     for i in range(start, stop):
         common, width = 0, 0
         for w in range(len(query)):
             word = items[ids[i], w]
             both = word & query[w]
             union[w] |= both
-            common += np.int64(_popcount(both))
-            width += np.int64(_popcount(word))
+            common += np.int64(count_ones(both))
+            width += np.int64(count_ones(word))
         s, z, hits[i] = float(common), float(width), common > 0
         if common:
             rel += 1
             ap += rel*inverse[i + 1]
             shared += s
             wap += shared*inverse[i + 1]
+            wap_by_rank += shared*inverse[i + 1]**2
             dcg += gains[common]*discounts[i]
             levels[common] += 1
             precision += s*inverse[width]
@@ -131,13 +150,13 @@ def _walk(ids, start, stop, query, items, size, n_relevant, gains, discounts, in
                 sub += 1
                 sub_ap += sub*inverse[i + 1]
         if i + 1 == n_relevant: early = rel
-    return rel, sub, ap, sub_ap, shared, wap, dcg, precision, pair, early, s, z
+    return rel, sub, ap, sub_ap, shared, wap, wap_by_rank, dcg, precision, pair, early, s, z
 
 # %% ../../nbs/44a_metrics.judging.ipynb #35392698
-JUDGED = ('precision', 'recall', 'f1', 'map', 'map_found', 'ndcg', 'ndcg_retrieved', 'acg', 'wap',
-          'm1_precision', 'm1_recall', 'm1_pairwise_f1', 'm2_precision_at_rank', 'm2_recall_at_rank',
-          'm2_f1_at_rank', 'm3_label_coverage', 'm3_r_precision', 'm3_map', 'm5_mmp', 'map_first_relevant',
-          'map_tie_aware')
+JUDGED = ('precision', 'recall', 'pr_f1', 'map', 'map_found', 'ndcg', 'ndcg_retrieved', 'acg', 'wap', 'hit',
+          'm1_precision', 'm1_recall', 'm1_pairwise_f1', 'm2_wap', 'm2_precision_at_rank',
+          'm2_recall_at_rank', 'm2_f1_at_rank', 'm3_label_coverage', 'm3_r_precision', 'm3_map', 'm5_mmp',
+          'map_first_relevant', 'map_tie_aware')
 WAITS = JUDGED.index('ndcg_retrieved')
 
 # %% ../../nbs/44a_metrics.judging.ipynb #d8377b3a
@@ -146,11 +165,11 @@ def _ratio(a, b): return a/b if b else 0.
 
 @_jit
 def _read_off(k, size, n_relevant, ideal, covered, sums):
-    rel, sub, ap, sub_ap, shared, wap, dcg, precision, pair, early, s, z = sums
+    rel, sub, ap, sub_ap, shared, wap, wap_by_rank, dcg, precision, pair, early, s, z = sums
     p, r, possible = rel/k, _ratio(rel, n_relevant), min(k, n_relevant)
     return (p, r, _ratio(2*p*r, p + r), _ratio(ap, possible), _ratio(ap, rel),
-            _ratio(dcg, ideal), dcg, shared/k, _ratio(wap, rel),
-            precision/k, _ratio(shared, size)/k, pair/k,
+            _ratio(dcg, ideal), dcg, shared/k, _ratio(wap, rel), 1. if rel else 0.,
+            precision/k, _ratio(shared, size)/k, pair/k, _ratio(wap_by_rank, rel),
             _ratio(s, z), _ratio(s, size), _ratio(2*s, size + z),
             _ratio(covered, size), sub/k, sub_ap/k,
             _ratio(early if n_relevant <= k else rel, possible))
@@ -203,15 +222,15 @@ def _judge(ids, dists, deep, queries, items, which, at_least, ideal, ks, gains, 
     levels = np.empty(len(gains), np.int64)
     for q in range(len(ids)):
         size, n_relevant, start = 0, at_least[which[q], 1], 0
-        for w in range(n_words): size += np.int64(_popcount(queries[q, w]))
+        for w in range(n_words): size += np.int64(count_ones(queries[q, w]))
         levels[:], union[:] = 0, 0
-        sums = (0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0.)
+        sums = (0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0.)
         for t in range(len(ks) + 1):
             stop, covered = ks[t] if t < len(ks) else n, 0.
             sums = _walk(ids[q], start, stop, queries[q], items, size, n_relevant, gains, discounts, inverse,
                          levels, union, hits, sums)
             if t == len(ks): break
-            for w in range(n_words): covered += _popcount(union[w])
+            for w in range(n_words): covered += count_ones(union[w])
             found = _read_off(stop, size, n_relevant, ideal[which[q], t], covered, sums)
             for m in range(len(found)): out[q, m, t] = found[m]
             start = stop
@@ -278,9 +297,18 @@ def _scores(self:Judge, words, ids, rows, deep, dists):
     "All scores of a block, (B,M,K)."
     out = np.empty((len(ids), len(JUDGED), len(self.ks)))
     which, deep = self._which[rows], deep or dists.shape[1] > 0
+    ids, items = self._seen_by(ids, rows)
     def judge(i, j):
-        _judge(ids[i:j], dists[i:j], deep, words[i:j], self.items.words, which[i:j], self._at_least,
+        _judge(ids[i:j], dists[i:j], deep, words[i:j], items, which[i:j], self._at_least,
                self._ideal, self.ks, self._gains, self._discounts, self._sums,
                self._inverse, out[i:j])
     _deal(len(ids), judge, self.threads)
     return out
+
+@patch
+def _seen_by(self:Judge, ids, rows):
+    "Rankings and words of the items; for class numbers a word for each hit: own class 1, another 2, none 0."
+    if not self.items.single: return ids, self.items.words
+    found, wanted = self.items.classes[ids], self.queries.classes[rows, None]
+    words = np.where(found == wanted, 1, 2)*(found >= 0)
+    return np.arange(ids.size).reshape(ids.shape), words.astype(np.uint64).reshape(-1, 1)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import (BACKBONES, InputError, MissingFileError, declare_torchvision_ops, lazy_import,
-                          unknown_name)
+from ..core import BACKBONES, InputError, MissingFileError, lazy_import, unknown_name
+from ..machine import declare_torchvision_ops
 from ..typed import make_part
 
 # %% ../../nbs/27_models.backbones.ipynb #990a6528

@@ -9,11 +9,12 @@ __all__ = ['make_blocks', 'init_transformer', 'MultiSensorViT']
 import torch
 from torch import Tensor, nn
 
-from ..core import InputError, declare_torchvision_ops, unknown_name
+from ..core import InputError, unknown_name
+from ..machine import declare_torchvision_ops
 declare_torchvision_ops()
 from timm.models.vision_transformer import Block
 
-from .patches import PatchEmbed, sincos_pos_embed
+from .patches import PatchEmbed, sincos_pos_embed, token_side
 
 # %% ../../nbs/22_models.vit.ipynb #2dcbb22e
 def make_blocks(
@@ -103,9 +104,12 @@ class MultiSensorViT(nn.Module):
 # %% ../../nbs/22_models.vit.ipynb #1de0a809
 def _check_sizes(in_chans, img_size, patch_size, global_pool):
     if not in_chans: raise InputError("a model needs a sensor", wanted="in_chans such as dict(s1=2, s2=10)")
+    if patch_size < 1:
+        raise InputError("a token needs pixels", found=f"patch_size {patch_size}", wanted="1 or more")
     if img_size % patch_size:
         raise InputError("tokens do not fill the image", wanted="a patch_size that divides img_size",
-                         found=f"img_size {img_size}, patch_size {patch_size}")
+                         found=f"img_size {img_size}, patch_size {patch_size}",
+                         remedy=f"patch_size {token_side(img_size, patch_size)}, or null to have one chosen")
     pools = 'avg', 'max', 'token'
     if global_pool not in pools: raise unknown_name('global_pool', global_pool, pools)
 

@@ -192,6 +192,18 @@ def ids(self:CodeStore) -> list[str]: # patch names, in the order of the codes
     "The items' names."
     return self.table['id'].astype(str).tolist()
 
+@patch(as_prop=True)
+def distance(self:CodeStore) -> str: # a name in `DISTANCES`
+    "How its embeddings are compared, as the method that made them says."
+    return self.provenance.get('distance', 'cosine')
+
+@patch
+def sensors_of(self:CodeStore,
+    modality:str, # a sensor, or a fusion of sensors
+) -> list[str]: # the sensors behind it
+    "The sensors whose images stand for `modality`."
+    return self.provenance.get('joint', {}).get(modality, [modality])
+
 @patch
 def present(self:CodeStore,
     modality:str, # e.g. 's1'

@@ -19,7 +19,7 @@ from ..core import CorruptError, InputError, MissingFileError, UnknownNameError,
 # %% ../../nbs/40a_retrieval.index.ipynb #3f48990f
 class Index:
     "Rows with ids, found by distance: the part that all kinds of index share."
-    kind, dist_type = 'index', np.float32
+    kind, dist_type, least = 'index', np.float32, 0. # `least`: the smallest distance there can be
 
     def __init__(self):
         self._n, self._next, self._rising = 0, 0, True
@@ -71,8 +71,8 @@ def range_search(self:Index,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # lims int64 (Q+1,), dists (R,), ids int64 (R,)
     "All items within `radius` of every query, nearest first."
     xq, rows = self._check(xq, 'queries'), self._rows(where)
-    if not np.isscalar(radius) or not np.isfinite(radius) or radius < 0:
-        raise InputError("this is no radius", found=repr(radius), wanted="a distance from 0")
+    if not np.isscalar(radius) or not np.isfinite(radius) or radius < self.least:
+        raise InputError("this is no radius", found=repr(radius), wanted=f"a distance from {self.least:g}")
     lims = np.zeros(len(xq) + 1, dtype=np.int64)
     if not len(xq) or not self._n or (rows is not None and not _count(rows)):
         return lims, np.empty(0, dtype=self.dist_type), np.empty(0, dtype=np.int64)

@@ -109,7 +109,7 @@ def table(self:Ranking) -> pd.DataFrame: # one row per hit, best first
     df = pd.DataFrame(dict(query_id=[str(self.query.get('id', ''))]*n, rank=np.arange(1, n + 1), id=self.ids))
     df['hamming' if self.n_bits else 'distance'] = self.dists
     dists = self.dists.astype(np.float64)
-    df['score'] = 1 - dists/self.n_bits if self.n_bits else 1/(1 + dists)
+    df['score'] = 1 - dists/self.n_bits if self.n_bits else 1/(1 + dists) if (dists >= 0).all() else -dists
     df['sensor'] = [sensor]*n
     df['direction'] = [f'{source}->{sensor}' if source and sensor else '']*n
     df['shared_labels'] = pd.array(self.shared, dtype='Int64')

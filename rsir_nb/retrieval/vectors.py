@@ -4,39 +4,35 @@
 
 # %% ../../nbs/42_retrieval.vectors.ipynb #b173f9e2
 from __future__ import annotations
-from typing import Literal
 
 import numpy as np
-from fastcore.basics import patch
 
-from ..core import INDEXES, InputError, lazy_import
+from ..core import INDEXES, InputError
+from .distances import make_distance
 from .index import Index, as_positions, grown
 
 # %% auto #0
 __all__ = ['VectorIndex']
 
-# %% ../../nbs/42_retrieval.vectors.ipynb #a14c7b22
-faiss = lazy_import('faiss')
-
 # %% ../../nbs/42_retrieval.vectors.ipynb #0d36b5ce
 @INDEXES.register('vectors', exact=True)
 class VectorIndex(Index):
-    "Exact search among real-valued vectors by cosine or squared Euclidean distance."
+    "Exact search among real-valued vectors by a distance."
     kind, dist_type = 'vectors', np.float32
 
     def __init__(self,
         dim:int, # length of a vector
-        metric:Literal['cosine', 'l2']='cosine', # 1 - cos, or squared Euclidean distance
+        distance:str='cosine', # a name in `DISTANCES`: 'cosine', 'l2', 'ip', 'chi2', ...
     ):
-        if metric not in ('cosine', 'l2'):
-            raise InputError("this distance is not known", found=repr(metric), wanted="'cosine' or 'l2'")
         if isinstance(dim, bool) or not isinstance(dim, (int, np.integer)) or dim < 1:
             raise InputError("vectors need a length", found=f"dim={dim!r}", wanted="a whole number from 1")
         super().__init__()
-        self.dim, self.metric = int(dim), metric
+        self.dim, self.distance = int(dim), distance
+        self._pairs = make_distance(distance)
+        self.least = self._pairs.least
         self._x = np.zeros((0, self.dim), dtype=np.float32)
 
-    def _check(self, x, what): return _check_vectors(x, self.dim, self.metric == 'cosine', what)
+    def _check(self, x, what): return self._pairs.prepare(x, what, self.dim)
 
     def _append(self, x):
         self._x = grown(self._x, self._n, self._n + len(x))
@@ -44,91 +40,26 @@ class VectorIndex(Index):
 
     def _keep(self, mask): self._x = self.vectors[mask]
 
-    def _state(self): return dict(dim=self.dim, metric=self.metric), dict(vectors=self.vectors)
+    def _state(self): return dict(dim=self.dim, distance=self.distance), dict(vectors=self.vectors)
 
     def _restore(self, meta, arrays): self._x = arrays['vectors']
 
+    def _nearest(self, xq, k, rows):
+        if rows is None: return self._pairs.nearest(xq, self.vectors, k)
+        rows = as_positions(rows)
+        dists, at = self._pairs.nearest(xq, self.vectors[rows], k)
+        return dists, rows[at]
+
+    def _within(self, xq, radius, rows):
+        if rows is None: return self._pairs.within(xq, self.vectors, radius)
+        rows = as_positions(rows)
+        query, dists, at = self._pairs.within(xq, self.vectors[rows], radius)
+        return query, dists, rows[at]
+
     @property
     def vectors(self) -> np.ndarray: # float32 (N,dim)
-        "The vectors in the order of insertion, of length 1 where the metric is cosine."
+        "The vectors in the order of insertion, as the distance prepares them."
         return self._x[:self._n]
 
-    def __repr__(self): return f"VectorIndex(dim={self.dim}, metric={self.metric!r}) of {len(self):,} vectors"
-
-# %% ../../nbs/42_retrieval.vectors.ipynb #4fe518c0
-def _check_vectors(x, dim, unit, what):
-    "Contiguous float32 (n,dim), finite and, with `unit`, of length 1."
-    x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x)
-    wanted = f"finite numbers of shape (N, {dim})"
-    if x.dtype.kind not in 'fiu' or x.ndim != 2 or x.shape[1] != dim:
-        raise InputError(f"the {what} cannot be used", found=f"{x.dtype} {x.shape}", wanted=wanted)
-    x = np.ascontiguousarray(x, dtype=np.float32)
-    if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
-        raise InputError(f"{len(bad)} of the {what} are not finite", found=f"the first in row {bad[0]}",
-                         wanted=wanted)
-    if not unit: return x
-    norm = np.sqrt((x.astype(np.float64)**2).sum(1))
-    if len(bad := np.flatnonzero(norm == 0)):
-        raise InputError(f"{len(bad)} of the {what} are all zeros and have no direction",
-                         found=f"the first in row {bad[0]}", remedy="leave them out, or use metric='l2'")
-    return (x/norm[:, None]).astype(np.float32)
-
-# %% ../../nbs/42_retrieval.vectors.ipynb #1863db25
-def _pair_distances(xq, x, query, at, metric):
-    "float32 (P,): the distance of each pair of rows `query` of `xq` and `at` of `x`."
-    out = np.empty(len(at), dtype=np.float32)
-    for i in range(0, len(at), step := max(1, 2**22 // x.shape[1])):
-        q, y = xq[query[i:i+step]].astype(np.float64), x[at[i:i+step]].astype(np.float64)
-        out[i:i+step] = ((q - y)**2).sum(1) / (1 if metric == 'l2' else 2)
-    return out
-
-def _lengths(x): return np.sqrt(np.einsum('nd,nd->n', x, x))
-
-def _rounding(xq, x, metric):
-    "How far apart two float32 sums of one pair may come out: a generous bound for every query, (Q,)."
-    longest = 1 if metric == 'cosine' else _lengths(x).max()
-    return 4*np.sqrt(x.shape[1])*np.finfo(np.float32).eps*(_lengths(xq) + longest)**2
-
-# %% ../../nbs/42_retrieval.vectors.ipynb #569670b9
-@patch
-def _nearest(self:VectorIndex, xq, k, rows):
-    if rows is not None: rows = as_positions(rows)
-    x = self.vectors if rows is None else self.vectors[rows]
-    dists, at = np.empty((len(xq), k), np.float32), np.empty((len(xq), k), np.int64)
-    open_, room, slack = np.arange(len(xq)), min(len(x), k + 16), _rounding(xq, x, self.metric)
-    while len(open_):
-        near, found = _propose(xq[open_], x, room, self.metric)
-        done = (near[:, -1] - near[:, k-1] > slack[open_]) | (room == len(x))
-        sure = open_[done]
-        found = np.sort(found[done], axis=1)
-        d = _pair_distances(xq, x, np.repeat(sure, room), found.ravel(), self.metric).reshape(-1, room)
-        order = np.argsort(d, axis=1, kind='stable')[:, :k]
-        dists[sure], at[sure] = np.take_along_axis(d, order, 1), np.take_along_axis(found, order, 1)
-        open_, room = open_[~done], min(len(x), 2*room)
-    return dists, at if rows is None else rows[at]
-
-def _propose(xq, x, k, metric):
-    "faiss's nearest `k`, as rising distances and positions."
-    if k == len(x): return np.zeros((len(xq), k), np.float32), np.tile(np.arange(k), (len(xq), 1))
-    if metric == 'l2': return faiss.knn(xq, x, k, metric=faiss.METRIC_L2)
-    near, at = faiss.knn(xq, x, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return 1 - near, at
-
-# %% ../../nbs/42_retrieval.vectors.ipynb #9f8a395c
-@patch
-def _within(self:VectorIndex, xq, radius, rows):
-    if rows is not None: rows = as_positions(rows)
-    x = self.vectors if rows is None else self.vectors[rows]
-    query, dists, at, slack = [], [], [], _rounding(xq, x, self.metric)
-    squares = (x**2).sum(1)
-    for i in range(0, len(xq), step := max(1, 2**24 // len(x))):
-        q = xq[i:i+step]
-        rough = 1 - q @ x.T if self.metric == 'cosine' else (q**2).sum(1)[:, None] + squares - 2*q @ x.T
-        near, found = np.nonzero(rough <= radius + slack[i:i+step, None])
-        d = _pair_distances(q, x, near, found, self.metric)
-        inside = d <= radius
-        query.append(near[inside] + i)
-        dists.append(d[inside])
-        at.append(found[inside])
-    at = np.concatenate(at)
-    return np.concatenate(query), np.concatenate(dists), at if rows is None else rows[at]
+    def __repr__(self):
+        return f"VectorIndex(dim={self.dim}, distance={self.distance!r}) of {len(self):,} vectors"

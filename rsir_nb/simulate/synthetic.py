@@ -17,7 +17,8 @@ from rasterio.transform import from_origin
 from torch import Tensor, cat
 
 from ..core import DATASETS, InputError, atomic_path, make_rng
-from ..data.base import Archive, split_by_place
+from ..data.base import Archive
+from ..data.split_lists import split_by_place
 from ..data.checks import to_grid
 from ..data.labels import BEN19
 from .landcover import Land, cover_labels, landscape_of, make_land
