@@ -90,7 +90,8 @@ def loop(ids, query_labels, item_labels, ks):
             p, recall, ap, possible = r.mean(), ratio(r.sum(), n_relevant), (p_at*r).sum(), min(k, n_relevant)
             part = np.divide(s, z, out=np.zeros(k), where=z > 0)
             pair = dict(precision=part, recall=s/size, f1=2*s/(size + z))
-            at = dict(precision=p, recall=recall, f1=ratio(2*p*recall, p + recall), map=ratio(ap, possible),
+            at = dict(precision=p, recall=recall, pr_f1=ratio(2*p*recall, p + recall),
+                      map=ratio(ap, possible), hit=r.any(), m2_wap=ratio((np.cumsum(s)/ranks[:k]**2*r).sum(), r.sum()),
                       map_found=ratio(ap, r.sum()), ndcg=ratio(dcg(shared), dcg(best)),
                       ndcg_retrieved=ratio(dcg(shared), dcg(in_best_order)), acg=s.mean(),
                       wap=ratio((np.cumsum(s)/ranks[:k]*r).sum(), r.sum()),
@@ -142,7 +143,7 @@ def main():
     for name in "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS": os.environ[name] = str(args.threads)
     import numpy as np
     from rsir_nb.engine import evaluate as page
-    from rsir_nb.engine import protocols
+    from rsir_nb.engine import protocols, scoring
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     print(f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, "
           f"Python {platform.python_version()}, numpy {np.__version__}")
@@ -155,8 +156,8 @@ def main():
         clocked(protocols.Ranker, "__init__", spent, "search")
         clocked(protocols.Ranker, "__call__", spent, "search")
         clocked(page, "make_index", spent, "search")
-        clocked(protocols.Scorer, "__init__", spent, "judging")
-        clocked(protocols.Scorer, "__call__", spent, "judging")
+        clocked(scoring.Scorer, "__init__", spent, "judging")
+        clocked(scoring.Scorer, "__call__", spent, "judging")
         clocked(page, "tabulate", spent, "intervals")
         clocked(page, "compare", spent, "intervals")
         start, spent["compiling"] = time.perf_counter(), compile_first(args.bits)
@@ -172,9 +173,9 @@ def main():
         print(f"  saving, not counted: {time.perf_counter() - start:.1f} s, of single queries {size:.0f} MiB")
         judging, compiling = spent["judging"], spent["compiling"]
         system = protocols.System("", store, "binary")
-        labels = protocols.LabelSets(protocols.store_labels(store))
+        labels = scoring.LabelSets(protocols.store_labels(store))
         for d in protocols.directions(store, "csmae"):
-            kept[d.name] = protocols.score_direction(system, d, (10,), args.depth, labels=labels)
+            kept[d.name] = scoring.score_direction(system, d, (10,), args.depth, labels=labels)
             mean = found.table.query("direction == @d.name and metric == 'map'")["value"].iloc[-1]
             if not np.isclose(mean, np.nanmean(kept[d.name].scores["map"][:, -1])):
                 raise SystemExit(f"the table has another mean for {d.name}")

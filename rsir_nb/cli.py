@@ -61,7 +61,7 @@ def _fail(message, status):
 
 # %% ../nbs/91_cli.ipynb #e77962e1
 KINDS = dict(datasets=DATASETS, methods=METHODS, backbones=BACKBONES, losses=LOSSES, indexes=INDEXES)
-FACTS = 'sensors', 'losses', 'paper', 'licence'
+FACTS = 'sensors', 'losses', 'schemes', 'paper', 'licence'
 
 @app.command('list')
 def list_command(
@@ -78,8 +78,10 @@ def list_command(
         print(f"{name}:")
         for o in map(registry.info, registry.list()):
             print(f"  {o['name']:<20} {o['description']}")
-            facts = [f"{k}: {o[k]}" for k in FACTS if o.get(k, 'none') != 'none']
+            facts = [f"{k}: {_listed(o[k])}" for k in FACTS if o.get(k, 'none') != 'none']
             if kind and facts: print(f"  {'':<20} {'; '.join(facts)}")
+
+def _listed(fact): return ', '.join(map(str, fact)) if isinstance(fact, (list, tuple)) else fact
 
 # %% ../nbs/91_cli.ipynb #882f590e
 @app.command('pretrain')
@@ -213,7 +215,10 @@ def evaluate_command(
     if shown(cfg.evaluate, dry_run): return
     found = evaluate(run, **changes_of(cfg, changes, 'evaluate'))
     print(found.summary().to_string(index=False))
-    print(f"95 % intervals by bootstrap over places; mAP over {found.depth}; ms: one search for one query.\n")
+    print(f"95 % intervals by bootstrap over places; {found.told}; ms: one search for one query.\n")
+    if found.headline == 'map' and found.partners is not None:
+        print("The other sensor's image of the same patch:")
+        print(f"{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
     return found
 
@@ -223,7 +228,7 @@ def compare_command(
     run_a:RunFolder, # an evaluated run
     run_b:RunFolder, # another, evaluated on the same queries
     protocol:ProtocolName=None, # rules; those of the first by default
-    metric:Annotated[str, typer.Option(help="map, precision, recall, ndcg, ...")]='map', # what counts
+    metric:Annotated[str, typer.Option(help="map (without labels partner_r), ndcg, ...")]=None, # what counts
     k:Annotated[int, typer.Option('--k', '-k', help="Depth; the deepest by default.")]=None, # where
     csv:Annotated[Path, typer.Option(help="Write the table.")]=None, # to here
 ):

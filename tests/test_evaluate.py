@@ -16,11 +16,15 @@ from rsir_nb.engine.encode import encode, encode_run
 from rsir_nb.engine.evaluate import BASELINES, evaluate, evaluate_store, make_baseline
 from rsir_nb.engine.evaluation import load_evaluation
 from rsir_nb.engine.hash import train_hash
-from rsir_nb.engine.protocols import (PROTOCOLS, Protocol, System, compare, directions, get_protocol, rank_direction,
-                                      score_direction, store_labels, tabulate)
+from rsir_nb.engine.protocols import (PROTOCOLS, Protocol, System, directions, get_protocol, rank_direction,
+                                      store_labels)
+from rsir_nb.engine.scoring import compare, score_direction, tabulate
 from rsir_nb.engine.parts import build_archive, build_method, load_method
 from rsir_nb.engine.train import pretrain
 from rsir_nb.retrieval.codes import CodeStore
+
+
+KEPT = {"scores.csv", "margins.csv", "partners.csv", "speed.csv", "queries.parquet", "ranks.parquet", "evaluation.json"}
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +150,13 @@ def test_only_what_was_measured_is_drawn(store, tmp_path):
     few = evaluate_store(store, "csmae", metrics=["ndcg"], drawings=20)
     assert set(few.table.metric) == {"map", "ndcg"} and set(few.margins.metric) == {"map"} and few.curves == []
     few.save(tmp_path/"few")
-    assert {o.name for o in (tmp_path/"few").iterdir()} == {"scores.csv", "margins.csv", "speed.csv", "queries.parquet", "evaluation.json"}
+    assert {o.name for o in (tmp_path/"few").iterdir()} == KEPT
     with pytest.raises(InputError, match="no curve of precision"): few.show_curves()
 
 
 def test_it_is_read_again_and_made_again_when_asked_otherwise(run, found):
     folder = f"{run.out}/evaluation/csmae"
-    names = {"scores.csv", "margins.csv", "speed.csv", "queries.parquet", "evaluation.json", "precision.png", "recall.png"}
+    names = {*KEPT, "precision.png", "recall.png"}
     import os
     assert set(os.listdir(folder)) == names
     before = os.stat(f"{folder}/scores.csv").st_mtime_ns
@@ -179,7 +183,9 @@ def test_mistakes_are_named(run, store, tmp_path):
     with pytest.raises(UnknownNameError, match="drawings"): evaluate(run.out, drawing=3)
     bare = store.table.drop(columns=["labels", "has_s1", "has_s2"])
     bare = CodeStore.write(tmp_path/"bare", dict(store.codes), bare, store.weights_hash)
-    with pytest.raises(InputError, match="have no labels"): evaluate_store(bare)
+    with pytest.raises(InputError, match="have no labels"): store_labels(bare)
+    one = CodeStore.write(tmp_path/"one", dict(s2=store.codes["s2"]), bare.table.drop(columns=["has_s1", "has_s2"]), "w")
+    with pytest.raises(InputError, match="have no labels, and no two sensors.*found sensors s2"): evaluate_store(one)
     only = store.table.drop(columns=["has_s1", "has_s2"]).assign(split="test")
     only = CodeStore.write(tmp_path/"only", dict(store.codes), only, store.weights_hash)
     with pytest.raises(UnknownNameError, match="split"): evaluate_store(only, "csmae")
@@ -241,8 +247,11 @@ def test_the_summary_has_scores_latency_and_size(run, found, store):
         for text, metric, k in (o[2], "precision", 1), (o[3], "precision", min(10, deepest)), (o[4], "map", deepest), (o[5], "m1_f1", min(10, deepest)):
             r = scores[metric, k]
             assert text == f"{r.value:.3f} [{r.ci_low:.3f}, {r.ci_high:.3f}]"
-        if kind == "random": assert o[6:] == ("-", "-", "-")
-        else: assert 0 < float(o[6]) + 0.005 and float(o[6]) <= float(o[7])
+        source, target = direction.split("->")
+        within = source == target or (system, kind) == ("band_statistics", "float")
+        assert (o[6] == "-") == within and (within or 0 <= float(o[6].split()[0]) <= 1)   # partner R@10
+        if kind == "random": assert o[7:] == ("-", "-", "-")
+        else: assert 0 < float(o[7]) + 0.005 and float(o[7]) <= float(o[8])
     speed = found.speed.set_index(["system", "kind"])
     assert set(speed.loc[("csmae", "binary"), "bytes"]) == {store.n_bits//8}
     assert set(speed.loc[("csmae", "float"), "bytes"]) == {4*next(iter(store.embeddings.values())).shape[1]}

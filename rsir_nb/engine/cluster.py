@@ -21,8 +21,9 @@ from ..data.base import Archive
 from .encode import (_check_settings, _drop, _load_shard, _make_shard, _open_finished,
                                    _Reader, _same_job, _shard, _weights_of, _write_store, describe_job,
                                    encode)
+from .protocols import Protocol, System, directions, get_protocol
 from ..methods.embedding import common_sensors
-from .protocols import Protocol, System, directions, get_protocol, score_direction, tabulate
+from .scoring import score_direction, tabulate
 from .parts import build_archive, load_method
 from ..retrieval.codes import CodeStore
 from ..remote.shards import start_ray

@@ -27,22 +27,26 @@ def _evaluation(run, protocol):
                            found=', '.join(there) or 'no evaluation', wanted=str(Path('evaluation')/protocol),
                            remedy=f"rsir evaluate {Path(run).name} --protocol {protocol}")
 
-def _own(found:Evaluation):
+def _own(found:Evaluation, of='rankings'):
     "Scores of the run's own system, a table a direction, and how many patches could answer there."
     name, kind = found.about['ours']
     ours = lambda t: t[(t.system == name) & (t.kind == kind)]
-    answers = ours(found.table).groupby('direction')['n_items'].first()
-    tables = ours(found.queries).groupby('direction', observed=True, sort=False)
+    sums = found.table if of == 'rankings' else found.partners
+    if sums is None or not len(sums): raise InputError(f"a run has no scores of {of}",
+        remedy="compare by a score that it has: map with labels, partner_r with pairs of sensors")
+    answers = ours(sums).groupby('direction')['n_items'].first()
+    tables = ours(found.queries if of == 'rankings' else found.ranks)
+    tables = tables.groupby('direction', observed=True, sort=False)
     return {str(d): (o.set_index('id'), int(answers[d])) for d, o in tables}
 
 # %% ../../nbs/74b_engine.compare.ipynb #b3ddea7f
-def _check_alike(a, b, runs):
+def _check_alike(a, b, runs, of='rankings'):
     "Raise unless two evaluations asked the same of the same."
     def differ(what, x, y):
         if x != y: raise InputError(f"these runs cannot be compared: they have other {what}",
             found=f"{x} in {runs[0]}, {y} in {runs[1]}", remedy="evaluate both on the same archive")
     differ('protocols', a.about['protocol'], b.about['protocol'])
-    x, y = _own(a), _own(b)
+    x, y = _own(a, of), _own(b, of)
     both = [d for d in x if d in y]
     if not both: differ('directions', ', '.join(x), ', '.join(y))
     found = {}
@@ -65,6 +69,7 @@ def _column(tables, metric, k):
     "The column of a metric at a depth, by default the deepest that both runs know."
     if get_metric(metric).parts: raise InputError(f"{metric} has no value for a single query",
         wanted=f"one of {', '.join(o for o in METRICS.entries if not get_metric(o).parts)}")
+    if get_metric(metric).of == 'partners': return k or (10 if metric == 'partner_r' else None)
     known = [{c for c in o if c.startswith(f'{metric}@') and o[c].notna().any()} for o in tables]
     depths = sorted(int(c.split('@')[1]) for c in known[0] & known[1])
     if not depths: raise InputError(f"{metric} was not measured in both runs", remedy="evaluate both again")
@@ -72,13 +77,19 @@ def _column(tables, metric, k):
         found=f"k={k}", wanted=f"one of {', '.join(map(str, depths))}")
     return depths[-1] if k is None else k
 
+def _values(table, metric, k):
+    "The value of each query."
+    m = get_metric(metric)
+    if m.of == 'partners': return m.compute(table['rank'].to_numpy(), [k or 1])[:, 0]
+    return table[f'{metric}@{k}'].to_numpy(np.float64)
+
 # %% ../../nbs/74b_engine.compare.ipynb #420209c8
 def compare_runs(
     run_a:str|Path, # folder of an evaluated run
     run_b:str|Path, # folder of another
     protocol:str|None=None, # a key of `PROTOCOLS`; by default that of the config of `run_a`
-    metric:str='map', # a name in `METRICS` with a value a query
-    k:int|None=None, # depth that was kept; the deepest of both by default
+    metric:str|None=None, # a name in `METRICS` with a value per query; map, or partner_r without labels
+    k:int|None=None, # depth that was kept; the deepest of both by default, 10 of partners
     drawings:int=1000, # of the bootstrap
     flips:int=9999, # drawings of the test
     seed:int=0, # of both
@@ -86,9 +97,11 @@ def compare_runs(
     "The difference between two runs on the same queries, direction by direction."
     if protocol is None: protocol = load_run_config(run_a).evaluate.protocol
     evaluations, rows = [_evaluation(o, protocol) for o in (run_a, run_b)], []
-    for d, tables in _check_alike(*evaluations, [Path(run_a).name, Path(run_b).name]).items():
+    metric = metric or evaluations[0].headline
+    names, of = [Path(run_a).name, Path(run_b).name], get_metric(metric).of
+    for d, tables in _check_alike(*evaluations, names, of).items():
         depth, places = _column(tables, metric, k), tables[0]['place'].astype(str).to_numpy()
-        a, b = (o[f'{metric}@{depth}'].to_numpy(np.float64) for o in tables)
+        a, b = (_values(o, metric, depth) for o in tables)
         judged = np.isfinite(a) & np.isfinite(b)
         a, b, places = a[judged], b[judged], places[judged]
         gap = paired_difference_ci(a, b, drawings, seed, places)

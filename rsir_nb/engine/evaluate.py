@@ -21,10 +21,11 @@ from ..config import load_run_config, register_schema, to_dict
 from ..core import METHODS, InputError, check_arguments, read_json
 from ..data.base import Archive, concat_archives
 from .encode import encode, encode_run
-from .evaluation import Evaluation, arrows, load_evaluation
+from .evaluation import SCORE_COLUMNS, Evaluation, arrows, load_evaluation
 from .latency import time_searches
-from .protocols import (Protocol, Result, System, compare, directions, get_protocol, make_index,
-                                      score_direction, store_labels, tabulate)
+from .protocols import (Protocol, System, directions, get_protocol, has_labels, make_index,
+                                      partner_directions, store_labels)
+from .scoring import Result, compare, score_direction, score_pairs, tabulate, tabulate_pairs
 from .parts import build_archive, build_method, split_of, trainer_config
 from ..methods.base import Method
 from ..retrieval.codes import CodeStore
@@ -63,14 +64,49 @@ def per_query(
     scores = {f'{m}@{k}': x[:, i].astype(np.float32) for m, x in r.scores.items() for i, k in kept}
     return pd.DataFrame({**head, **scores})
 
+def _ranks(r):
+    "At which rank every query found its partner in one direction."
+    head = dict(system=r.system.name, kind=r.system.kind, direction=r.direction, id=r.ids, place=r.places)
+    return pd.DataFrame(dict(head, rank=r.scores['partner_rank'][:, 0].astype(np.int64)))
+
 def _stack(tables):
     "Tables one below the other, their repeated words as categories."
     table = pd.concat(tables, ignore_index=True)
     return table.astype(dict.fromkeys(['system', 'kind', 'direction', 'place'], 'category'))
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #d6b437be
+def _by_labels(systems, ours, protocol, depths, depth, drawings, metrics, seed, memory_mb, progress):
+    "Tables, single queries, margins and speed of all systems in all directions, by labels."
+    work, metrics = _work(systems, protocol), metrics and list(dict.fromkeys(['map', *metrics]))
+    tables, queries, margins, speed, ks = {}, {}, {}, [], get_protocol(protocol).ks
+    with tqdm(total=sum(len(d.queries) for *_, d in work), unit='query', disable=not progress) as bar:
+        for at, system, labels, d, index in _with_indexes(work):
+            bar.set_description(f"{system.name}, {system.kind}, {arrows(d.name)}")
+            r = score_direction(system, d, depths, depth, metrics, seed, memory_mb, labels, index, bar)
+            tables[at], queries[at] = tabulate([r], drawings, seed), per_query(r, ks)
+            if index is not None: speed.append(_measured(system, d, index, ks[-1]))
+            margins[at] = replace(r, scores={'map': r.scores['map'][:, -1:].copy()}, ks=r.ks[-1:])
+    tables, queries, margins = ([o[at] for at in sorted(o)] for o in (tables, queries, margins))
+    gaps = compare(margins, ours, 'map', None, drawings, seed)
+    return pd.concat(tables, ignore_index=True), gaps, _stack(queries), pd.DataFrame(speed, columns=SPEED)
+
+def _by_partners(systems, protocol, drawings, seed, progress):
+    "Results and directions of all systems between sensors, their table and single queries; or nothing."
+    some = [o for o in systems if o.kind != 'random' and o.across]
+    work = [(o, d) for o in some for d in partner_directions(o.store, protocol)]
+    if not work: return [], None, None
+    work += [(System('chance', systems[0].store, 'random'), d) for o, d in work if o is some[0]]
+    found, bar = [], tqdm(work, unit='direction', disable=not progress)
+    for system, d in bar:
+        bar.set_description(f"{system.name}, {system.kind}, {arrows(d.name)}, partners")
+        found.append((score_pairs(system, d), d))
+    results = [o for o, _ in found]
+    singles = _stack([_ranks(o) for o in results if o.system.kind != 'random'])
+    return found, tabulate_pairs(results, drawings, seed), singles
+
+# %% ../../nbs/74a_engine.evaluate.ipynb #c072db8e
 def evaluate_store(
-    store:CodeStore, # of `encode`, with labels and splits in its table
+    store:CodeStore, # of `encode`, with labels or several sensors, and splits where there are any
     protocol:str|Protocol='csmae', # who asks and who answers
     name:str='method', # how it is called in the tables
     baselines:Sequence[System]=(), # further systems
@@ -81,31 +117,48 @@ def evaluate_store(
     memory_mb:int=256, # for the rankings that exist at a time, in MiB
     progress:bool=False, # show a progress bar
     table_ks:Sequence[int]=(1, 10), # depths of precision that `summary` shows
+    partners:bool=True, # look for partners beside labels; without labels always
 ) -> Evaluation: # of codes and embeddings, and of the baselines
     "Score a store in all directions."
+    systems, ks = [*_own_systems(store, name), *baselines], get_protocol(protocol).ks
+    ours, labelled = (name, systems[0].kind), has_labels(store)
+    found, pairs, ranks = [], None, None
+    if partners or not labelled:
+        found, pairs, ranks = _by_partners(systems, protocol, drawings, seed, progress)
+    if labelled: table, gaps, queries, speed = _by_labels(systems, ours, protocol, sorted({*ks, *table_ks}),
+        depth, drawings, metrics, seed, memory_mb, progress)
+    else: table, gaps, queries, speed = _without_labels(found, store, ours, drawings, seed)
+    about = dict(protocol=protocol if isinstance(protocol, str) else asdict(protocol), ks=list(ks), seed=seed,
+                 table_ks=list(table_ks), weights=store.weights_hash, n_bits=store.n_bits,
+                 distance=store.distance, ours=list(ours), depth=depth, drawings=drawings,
+                 partners=_partners_in_short(pairs, ours))
+    return Evaluation(table, gaps, about, queries, speed, pairs, ranks)
+
+def _own_systems(store, name):
     kinds = dict(binary=store.n_bits, float=len(store.embeddings))
     one_width = len({z.shape[1] for z in store.embeddings.values()}) <= 1
-    own = [System(name, store, kind, across=kind == 'binary' or one_width)
-           for kind, there in kinds.items() if there]
-    ks, work = get_protocol(protocol).ks, _work([*own, *baselines], protocol)
-    depths, speed = sorted({*ks, *table_ks}), []
-    metrics = metrics and list(dict.fromkeys(['map', *metrics]))
-    tables, queries, margins = {}, {}, {}
-    with tqdm(total=sum(len(d.queries) for *_, d in work), unit='query', disable=not progress) as bar:
-        for at, system, labels, d, index in _with_indexes(work):
-            bar.set_description(f"{system.name}, {system.kind}, {arrows(d.name)}")
-            r = score_direction(system, d, depths, depth, metrics, seed, memory_mb, labels, index, bar)
-            tables[at], queries[at] = tabulate([r], drawings, seed), per_query(r, ks)
-            if index is not None: speed.append(_measured(system, d, index, ks[-1]))
-            margins[at] = replace(r, scores={'map': r.scores['map'][:, -1:].copy()}, ks=r.ks[-1:])
-    tables, queries, margins = ([o[at] for at in sorted(o)] for o in (tables, queries, margins))
-    about = dict(protocol=protocol if isinstance(protocol, str) else asdict(protocol), ks=list(ks), seed=seed,
-                 table_ks=list(table_ks),
-                 weights=store.weights_hash, n_bits=store.n_bits, ours=[name, own[0].kind], depth=depth,
-                 drawings=drawings)
-    gaps = compare(margins, (name, own[0].kind), 'map', None, drawings, seed)
-    return Evaluation(pd.concat(tables, ignore_index=True), gaps, about, _stack(queries),
-                      pd.DataFrame(speed, columns=SPEED))
+    return [System(name, store, kind, across=kind == 'binary' or one_width) for kind, n in kinds.items() if n]
+
+def _without_labels(found, store, ours, drawings, seed):
+    "What `_by_labels` gives, of partners: no table and no single queries."
+    if not any((o.system.name, o.system.kind) == ours for o, _ in found): raise InputError(
+        f"the patches in {store.path.name} have no labels, and no two sensors that can be compared share any",
+        found=f"sensors {', '.join(store.modalities)}", remedy="they can be searched but not evaluated")
+    results, k = [o for o, _ in found], max(found[0][0].ks)
+    real = [(o.system, d) for o, d in found if o.system.kind != 'random']
+    speed = [_measured(o, d, make_index(o, d), k) for o, d in real]
+    gaps = compare(results, ours, 'partner_r', k, drawings, seed)
+    return pd.DataFrame(columns=SCORE_COLUMNS), gaps, None, pd.DataFrame(speed, columns=SPEED)
+
+def _partners_in_short(pairs, ours):
+    "Direction -> metric -> value, for evaluation.json."
+    if pairs is None: return None
+    mine = pairs[(pairs.system == ours[0]) & (pairs.kind == ours[1])]
+    found = {d: {} for d in mine.direction}
+    for o in mine.itertuples():
+        name = o.metric if o.metric == 'partner_rank' else f'{o.metric}@{o.k}'
+        found[o.direction] |= {name: round(o.value, 6), 'among': o.n_items}
+    return found
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #f4ca5b8b
 SPEED = 'system', 'kind', 'direction', 'ms_median', 'ms_p95', 'n_timed', 'bytes'
@@ -166,6 +219,7 @@ class EvaluateConfig:
     drawings:int = 1000 # of the bootstrap
     metrics:list|None = None # names in `METRICS` beside map; all that can be computed by default
     memory_mb:int = 256 # for the rankings that exist at a time, in MiB
+    partners:bool = True # look for the other sensor's image of a patch, too; without labels always
 
     def __post_init__(self):
         get_protocol(self.protocol)
@@ -183,7 +237,7 @@ def evaluate(
     run_dir:str|Path, # folder of a finished run
     archive:Archive|None=None, # what is evaluated on; the archive of the run's config by default
     progress:bool=True, # show progress bars
-    **changes, # of the run's settings: protocol=, baselines=, ks=, depth=, drawings=, metrics=, memory_mb=
+    **changes, # of the run's settings: protocol=, baselines=, ks=, depth=, drawings=, partners=, ...
 ) -> Evaluation: # also in `run_dir`/evaluation/<protocol>
     "Score a run under its protocol; an evaluation that is there and fits is loaded."
     cfg, run_dir = load_run_config(run_dir), Path(run_dir)
@@ -193,11 +247,12 @@ def evaluate(
     store, folder = encode_run(run_dir, archive, progress), run_dir/'evaluation'/o.protocol
     job = json.loads(json.dumps(dict(asdict(o), seed=cfg.seed, codes=store.provenance['checksum'])))
     del job['memory_mb'] # which changes no score
-    there = all((folder/name).is_file() for name in ('evaluation.json', 'queries.parquet'))
+    singles = 'queries.parquet' if has_labels(store) else 'ranks.parquet'
+    there = all((folder/name).is_file() for name in ('evaluation.json', singles))
     if there and read_json(folder/'evaluation.json')['job'] == job: return load_evaluation(folder)
     systems = _systems(o.baselines, cfg, archive, store, o.protocol, run_dir/'baselines', progress)
     found = evaluate_store(store, o.protocol, cfg.method.name, systems, o.depth, o.drawings, o.metrics,
-                           cfg.seed, o.memory_mb, progress, sorted(set(o.ks)))
+                           cfg.seed, o.memory_mb, progress, sorted(set(o.ks)), o.partners)
     found.about['job'] = job
     found.about['warning'] = _saw_labels(run_dir, cfg, archive, get_protocol(o.protocol))
     if found.about['warning']: log.warning("%s", found.about['warning'])

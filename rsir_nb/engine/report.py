@@ -24,12 +24,14 @@ from .encode import encode_run, skipped_patches
 from .evaluate import evaluate
 from .evaluation import Evaluation, arrows
 from .progress import loss_curves, reconstructions
-from .protocols import (Direction, System, directions, group_parts, rank_direction,
-                                      store_labels)
+from .protocols import (Direction, System, directions, group_parts, has_labels,
+                                      partner_directions, rank_direction, store_labels)
 from .retriever import open_search
 from .parts import build_archive
 from ..html import Card, html_gallery, html_page, html_table
+from ..metrics.labels import shared_labels
 from ..metrics.scores import get_metric
+from ..rundir import best_epoch
 
 # %% ../../nbs/76_engine.report.ipynb #a32a8721
 SYSTEM_NAMES = dict(band_statistics='band statistics', band_cca='canonical correlation of band statistics',
@@ -53,18 +55,23 @@ def verdict(
         above, below = int((rows.ci_low > 0).sum()), int((rows.ci_high < 0).sum())
         counts = {'above': above, 'below': below, 'not told apart': len(rows) - above - below}
         words = ', '.join(f"{k} in {n}" for k, n in counts.items() if n)
-        lines.append(f"Against {name}: {words} of {len(rows)} directions; mean difference in mAP "
-                     f"{rows.difference.mean():+.3f}.")
+        lines.append(f"Against {name}: {words} of {len(rows)} directions; mean difference in "
+                     f"{_score_name(evaluation)} {rows.difference.mean():+.3f}.")
         if name in SYSTEM_NAMES.values() and name != 'chance': won.append(above == len(rows))
-    first = "Every baseline is beaten in every direction." if all(won) and won else \
+    first = "It was held against chance alone." if not won else \
+            "Every baseline is beaten in every direction." if all(won) else \
             f"{sum(won)} of {len(won)} baselines are beaten in every direction."
     return [first, *lines]
+
+def _score_name(evaluation):
+    "What margins are differences in."
+    return 'mAP' if evaluation.headline == 'map' else f"R@{evaluation.scores_of('partner_r').k.max()}"
 
 # %% ../../nbs/76_engine.report.ipynb #c1272155
 def margins_table(
     evaluation:Evaluation, # of a run
 ) -> pd.DataFrame: # one row a baseline and direction
-    "Differences in mAP with their 95 % intervals, for people."
+    "Differences in mAP, or in partner recall, with their 95 % intervals, for people."
     m = evaluation.margins
     shown = ['ours', 'theirs', 'difference', 'ci_low', 'ci_high']
     table = m[shown].rename(columns=dict(ci_low='from', ci_high='to'))
@@ -88,10 +95,11 @@ def _answer(evaluation, store):
             f"<p><strong>{first}</strong> Measured are {escape(what)}; the protocol is "
             f"{escape(str(evaluation.about['protocol']))}, and a margin counts where its whole "
             f"95 % interval lies above 0.</p>\n<ul>{''.join(f'<li>{o}</li>' for o in lines)}</ul>\n")
-    ax = show_bars(bars, half, new_axes(None, 7, 3.4), 'Margins in mAP, with 95 % intervals', 'difference')
-    scores = _named(evaluation.pivot(), store)
-    scores = html_table(scores, f'mAP over {evaluation.depth}; best of each direction in bold', best='max')
-    caption = 'Differences in mAP; intervals are bootstrapped over places'
+    title = f'Margins in {_score_name(evaluation)}, with 95 % intervals'
+    ax = show_bars(bars, half, new_axes(None, 7, 3.4), title, 'difference')
+    caption = f'{evaluation.told}; best of each direction in bold'
+    scores = html_table(_named(evaluation.pivot(), store), caption, best='max')
+    caption = f'Differences in {_score_name(evaluation)}; intervals are bootstrapped over places'
     margins = html_table(margins_table(evaluation), caption)
     return text + scores + html_figure(ax) + margins + _summary(evaluation)
 
@@ -111,8 +119,21 @@ def _summary(evaluation):
     return f"<details>{head}{html_table(table, caption)}</details>"
 
 # %% ../../nbs/76_engine.report.ipynb #460be587
+def _partners(evaluation, store):
+    "Partner recall of all systems, where two sensors have seen the same patches."
+    if evaluation.partners is None: return ''
+    table = evaluation.partner_summary()
+    names = _named(table.set_index('system'), store).index
+    table.index = [f'{name}, {arrows(d)}' for name, d in zip(names, table.direction, strict=True)]
+    table = html_table(table.iloc[:, 2:], 'Partner recall and median rank, with 95 % intervals')
+    return ("<h2>The other sensor's image of the same patch</h2>\n<p>Every patch that both sensors have seen "
+            "asks for its own image by the other one, which is the only right answer: R@k is how often it is "
+            "among the first k. No labels are used. Equal distances count in the archive's order.</p>\n"
+            + table)
+
 def _protocol_scores(evaluation):
-    "All scores at the protocol's largest depth, with intervals."
+    "All scores by labels at the protocol's largest depth, with intervals."
+    if not len(evaluation.table): return ''
     name, kind = evaluation.about['ours']
     t = evaluation.table
     t = t[(t.system == name) & (t.kind == kind)]
@@ -153,14 +174,16 @@ def direction_gallery(
     size:int=130, # width of a picture, CSS pixels
 ) -> str: # HTML, one gallery a query
     "A few queries of one direction with their answers."
-    labels, table, html = store_labels(system.store), system.store.table, ''
+    store, table, html = system.store, system.store.table, ''
+    labels = store_labels(store) if has_labels(store) else np.arange(len(store)) # without labels: its partner
     at = {int(row): i for i, row in enumerate(d.queries)}
     some = [at[q] for q in queries if q in at]
     own = None if d.own is None else d.own[some]
     few = replace(d, queries=d.queries[some], own=own, groups=d.groups and (d.groups[0][some], d.groups[1]))
     for q, near, rows in _answers(system, few, hits):
-        cards = [_card(archive, table, row, d.target, int(labels[q] @ labels[row].astype(int)), dist.item())
-                 for row, dist in zip(rows, near, strict=True)]
+        shared = shared_labels(labels, rows, q)
+        cards = [_card(archive, table, row, d.target, int(n), dist.item())
+                 for row, n, dist in zip(rows, shared, near, strict=True)]
         html += html_gallery(cards, f"{arrows(d.name)}: {table['id'].iloc[q]}", size=size, level=3,
                              query=_card(archive, table, q, d.source))
     return html
@@ -168,8 +191,8 @@ def direction_gallery(
 # %% ../../nbs/76_engine.report.ipynb #86dd2024
 def _card(archive, table, row, modality, relevance=None, distance=None):
     "One patch with its labels as caption and alternative text."
-    name, names = table['id'].iloc[row], table['labels'].iloc[row]
-    names = ', '.join(names) if names is not None and len(names) else 'no labels'
+    name, names = table['id'].iloc[row], table['labels'].iloc[row] if 'labels' in table else None
+    names = ', '.join(names) if isinstance(names, (list, tuple, np.ndarray)) and len(names) else 'no labels'
     rgb = archive.picture(str(name), modality)
     return Card(rgb, f"{modality.upper()} patch: {names}", names, relevance, distance)
 
@@ -201,13 +224,16 @@ class ReportConfig:
 # %% ../../nbs/76_engine.report.ipynb #c6f7dae1
 def _galleries(archive, store, evaluation, o):
     protocol, kind = evaluation.about['protocol'], evaluation.about['ours'][1]
-    ways, system = directions(store, protocol), System(evaluation.about['ours'][0], store, kind)
+    labelled, system = has_labels(store), System(evaluation.about['ours'][0], store, kind)
+    if labelled: ways = directions(store, protocol)
+    else: ways = [replace(d, own=None) for d in partner_directions(store, protocol)]
+    right = 'shares a label with the query' if labelled else "is the other sensor's image of the same patch"
     shared = ways[0].queries
     for d in ways: shared = np.intersect1d(shared, d.queries)
     chosen = _spread(shared if len(shared) else ways[0].queries, o.queries)
     body = ''.join(direction_gallery(archive, system, d, chosen, o.hits, o.size) for d in ways)
     return ("<h2>Queries and answers</h2>\n<p>The same patches ask in every direction; they were taken at "
-            "even distances from the list of queries. A hit is relevant if it shares a label with the query."
+            f"even distances from the list of queries. A hit is relevant if it {right}."
             f"</p>\n{body}")
 
 def _origin(run_dir, cfg, store, archive):
@@ -215,6 +241,7 @@ def _origin(run_dir, cfg, store, archive):
     skipped, versions = skipped_patches(store), read_json(run_dir/'versions.json')
     facts = {'archive': f"{cfg.data.name}, {len(archive):,} patches", 'patches left out': len(skipped),
              'method': cfg.method.name, 'weights': store.weights_hash, 'seed': cfg.seed,
+             'epoch': best_epoch(run_dir) or 'the last',
              'codes': f"{store.n_bits} bits, {store.n_bits//8} bytes" if store.n_bits else 'none',
              **{k: v if k != 'git' else v[:12] for k, v in versions.items() if v}}
     rows = ''.join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
@@ -243,7 +270,8 @@ def write_report(
     store = encode_run(run_dir, archive, progress)
     o = ReportConfig(**{**to_dict(cfg.report), **changes})
     body = [_answer(evaluation, store), _galleries(archive, store, evaluation, o), _curves(evaluation),
-            _protocol_scores(evaluation), _training(run_dir), _origin(run_dir, cfg, store, archive)]
+            _partners(evaluation, store), _protocol_scores(evaluation), _training(run_dir),
+            _origin(run_dir, cfg, store, archive)]
     seen = ' and '.join(map(str.upper, store.modalities))
     lead = f"{cfg.method.name} on the archive {cfg.data.name}: {len(store):,} patches, seen by {seen}."
     page = html_page(f"Search by image: {run_dir.name}", ''.join(body), lead, "Made by rsir_nb.")

@@ -16,7 +16,8 @@ import torch
 import xxhash
 from tqdm.auto import tqdm
 
-from ..core import CorruptError, atomic_path, content_hash, make_rng, read_json, write_json
+from ..core import (CorruptError, atomic_path, content_hash, make_rng, read_json, unknown_name,
+                          write_json)
 from ..machine import declare_torchvision_ops
 declare_torchvision_ops()
 import pytorch_lightning as pl
@@ -75,7 +76,9 @@ class KeepEpochs(pl.Callback):
     def on_train_epoch_end(self, trainer, module):
         epoch = trainer.current_epoch
         path, score = self.folder/f"epoch_{epoch:04d}.ckpt", trainer.callback_metrics.get(self.monitor)
-        validated = score is not None and (epoch + 1) % self.every == 0
+        validated = self.monitor is not None and (epoch + 1) % self.every == 0
+        if validated and score is None: raise unknown_name('value to monitor', self.monitor,
+            sorted(k for k in trainer.callback_metrics if k.startswith('val/')))
         if validated and (self.best is None or self.sign*float(score) < self.sign*self.best['value']):
             self.best = dict(epoch=epoch, name=self.monitor, value=float(score))
         trainer.save_checkpoint(path)

@@ -27,6 +27,7 @@ from .parts import TrainerConfig, build_archive, build_method, split_of, trainer
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepEpochs, RunBar,
                                  StopEarly, last_checkpoint, make_wandb)
 from ..methods.base import Method
+from ..metrics.named import check_metrics, is_metric, make_metric, score_embeddings
 from ..methods.optim import make_optim
 declare_torchvision_ops()
 import pytorch_lightning as pl
@@ -159,12 +160,6 @@ def fit_method(
                         ckpt_path=last and last_checkpoint(last))
     return keep and _take_best(method, keep, method.optim.epochs)
 
-# %% ../../nbs/70d_engine.train.ipynb #9b542f99
-def is_metric(name): return name not in ('loss', '') and '@' in name
-def metric_mode(name): return 'max'
-def check_metric(name, archive): pass
-def score_embeddings(*args): return {}
-
 # %% ../../nbs/70d_engine.train.ipynb #8d942b38
 def monitored(
     o:TrainerConfig, # how the data is gone through
@@ -174,14 +169,15 @@ def monitored(
     name = o.monitor or 'val/loss'
     name = name if '/' in name else f'val/{name}'
     if o.mode != 'auto': return name, o.mode
-    if name.startswith('val/') and is_metric(name[4:]): return name, metric_mode(name[4:])
+    told = name.removeprefix('val/')
+    if '@' in told or is_metric(told): return name, make_metric(told).mode
     return name, 'min'
 
 def _retrieval(monitor, data):
     "What scores the validation split, where a metric of retrieval decides."
     name = (monitor or '').removeprefix('val/')
     if not is_metric(name): return None
-    check_metric(name, data.val)
+    check_metrics([name], data.val)
     return RetrievalMonitor(data.val, [name], score_embeddings)
 
 def _take_best(method, keep, epochs):
@@ -204,7 +200,8 @@ def make_data(
 ) -> ArchiveData: # batches for Lightning
     "The batches of a training."
     return ArchiveData(train, val, batch_size=o.batch_size, num_workers=o.num_workers, seed=seed,
-                       augment=o.augment, modalities=list(method.sensors))
+                       augment=o.augment, modalities=list(method.sensors),
+                       sampler=o.sampler or method.sampler, views=o.views)
 
 # %% ../../nbs/70d_engine.train.ipynb #d5114fbb
 def make_trainer(

@@ -18,6 +18,7 @@ from ..core import InputError, make_rng
 from ..engine.evaluation import arrows
 from ..engine.protocols import store_labels
 from .projection import store_vectors
+from ..metrics.labels import label_sizes, shared_labels
 from ..retrieval.codes import CodeStore
 from ..retrieval.distances import make_distance
 from ..style import THEMES
@@ -139,7 +140,7 @@ def pair_distances(
 ) -> pd.DataFrame: # distance, shares (a label or not); in `attrs`: direction, n_bits, drawn, distance
     "Distances of pairs: bits between codes, or the store's distance between embeddings without codes."
     labels = store_labels(store)
-    known = labels.any(1)
+    known = label_sizes(labels) > 0
     rows = [np.flatnonzero(known & store.present(o)) for o in (source, target)]
     a, b, all_of_them = draw_pairs(*rows, limit, make_rng(seed, f'pairs {source} {target}'))
     if not len(a): raise InputError(f"there are no two labelled patches from {source} to {target}")
@@ -149,7 +150,7 @@ def pair_distances(
     return found
 
 def _share(labels, a, b, step=100_000):
-    parts = [(labels[a[i:i + step]] & labels[b[i:i + step]]).any(1) for i in range(0, len(a), step)]
+    parts = [shared_labels(labels, a[i:i + step], b[i:i + step]) > 0 for i in range(0, len(a), step)]
     return np.concatenate(parts)
 
 def _distances(store, source, target, a, b):

@@ -208,13 +208,13 @@ def losses(self:Duch,
 @dataclass
 class ItemMemory:
     "Frozen embeddings of all training items."
-    rows: dict # id -> row
     views: dict # modality -> embeddings of two views, (N,D) each; the second None where noise makes it
 
-    def take(self, ids:Sequence[str]) -> tuple[Tensor, dict]:
-        "Row numbers of `ids`, and their views."
-        at = torch.tensor([self.rows[o] for o in ids])
-        return at, {m: tuple(o if o is None else o[at] for o in pair) for m, pair in self.views.items()}
+    def __len__(self): return len(next(iter(self.views.values()))[0])
+
+    def take(self, rows:Tensor) -> dict: # modality -> embeddings of two views, (B,D) each
+        "The views of some rows, (B,)."
+        return {m: tuple(o if o is None else o[rows] for o in pair) for m, pair in self.views.items()}
 
 @patch
 def remember(self:Duch,
@@ -222,15 +222,13 @@ def remember(self:Duch,
     block:int=64, # items at once
 ) -> ItemMemory: # on the CPU
     "Embed all items once."
-    generator, parts, ids = self.step_generator('views'), [], []
+    generator, parts = self.step_generator('views'), []
     for i in range(0, len(archive), block):
         batch = collate([archive[j] for j in range(i, min(i + block, len(archive)))])
-        ids += batch['id']
         found = self.embed_views(batch, generator)
         parts.append({m: [o if o is None else o.cpu() for o in pair] for m, pair in found.items()})
     joined = lambda m, v: None if parts[0][m][v] is None else torch.cat([o[m][v] for o in parts])
-    views = {m: (joined(m, 0), joined(m, 1)) for m in self.sensors}
-    return ItemMemory({o: i for i, o in enumerate(ids)}, views)
+    return ItemMemory({m: (joined(m, 0), joined(m, 1)) for m in self.sensors})
 
 @patch
 def agree(self:Duch,
@@ -238,7 +236,7 @@ def agree(self:Duch,
     epoch:int, # number of the epoch; 0 agrees by chance
 ) -> Tensor: # -1 and 1, (N,K), on the CPU
     "A code for each training item."
-    draw, N = self.step_generator('agree', epoch), len(memory.rows)
+    draw, N = self.step_generator('agree', epoch), len(memory)
     if not epoch: return _signs(torch.randn(N, self.heads.n_bits, generator=draw))
     with evaluating(self): codes = self.codes_of(memory.views, draw)
     return _signs(torch.stack([h for pair in codes.values() for h in pair]).mean(0)).cpu()
@@ -286,15 +284,15 @@ def discriminator_losses(self:Duch,
 # %% ../../nbs/54a_methods.duch.ipynb #d155084d
 @patch
 def steps(self:Duch,
-    batch:dict, # id: list of ids; modality -> patches, (B,C,H,W)
+    batch:dict, # row: (B,); modality -> patches, (B,C,H,W)
     generator:torch.Generator|None=None, # for views, noise and points between codes, on the CPU
 ):
     "A step of the discriminator, then one of the hash modules."
     targets = None
     if self.memory is None: views = self.embed_views(batch, generator)
     else:
-        at, views = self.memory.take(batch['id'])
-        targets = self.targets[at].to(self.device)
+        rows = batch['row'].cpu()
+        views, targets = self.memory.take(rows), self.targets[rows].to(self.device)
     codes = self.codes_of(views, generator)
     if self.weights['adversarial']: yield 'discriminator', self.discriminator_losses(codes, generator)
     yield 'main', self.losses_of(codes, targets)

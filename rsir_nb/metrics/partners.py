@@ -65,7 +65,7 @@ def partner_ranks(
     return compare.ranks(compare.prepare(xq, 'queries', x.shape[1]), x, own)
 
 # %% ../../nbs/44d_metrics.partners.ipynb #597f867e
-@METRICS.register('partner_r', source='standard', of='partners')
+@METRICS.register('partner_r', source='standard', of='partners', depth='required')
 def partner_recall(
     ranks:np.ndarray, # of `partner_ranks`, (Q,)
     ks:Sequence[int], # depths
@@ -73,7 +73,8 @@ def partner_recall(
     "whether the other sensor's image of the same patch is among the first k"
     return (np.asarray(ranks)[:, None] <= np.asarray(ks)).astype(np.float64)
 
-@METRICS.register('partner_rank', source='standard', of='partners', better='lower', over='median')
+@METRICS.register('partner_rank', source='standard', of='partners', better='lower', over='median',
+                  depth='none')
 def partner_rank(
     ranks:np.ndarray, # of `partner_ranks`, (Q,)
     ks:Sequence[int]=(), # not used: a rank has no depth

@@ -89,6 +89,7 @@ class Metric:
     parts: tuple = () # metrics of whose means over the queries this one is made; it has no value per query
     better: str = 'higher' # or 'lower'
     over: str = 'mean' # how the values of the queries are summed up: 'mean' or 'median'
+    depth: str = 'optional' # whether its name takes a depth, as in map@10: 'optional', 'required' or 'none'
     default: bool = True # whether it is computed where no metrics are named
 
     @property
