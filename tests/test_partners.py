@@ -168,6 +168,13 @@ def test_directions_between_sensors(store):
     for d in found: np.testing.assert_array_equal(d.items[d.own], d.queries)
 
 
+def test_fused_embeddings_are_no_partners_of_their_sensors(store, tmp_path):
+    z = {m: np.asarray(x) for m, x in store.embeddings.items()}
+    table = store.table.drop(columns=["has_s1", "has_s2"])
+    fused = CodeStore.write(tmp_path/"fused", {}, table, "w", embeddings={**z, "both": z["s1"] + z["s2"]}, provenance=dict(joint=dict(both=["s1", "s2"])))
+    assert [o.name for o in partner_directions(fused, "csmae")] == ["s1->s2", "s2->s1"]
+
+
 def test_an_archive_without_labels_is_evaluated_by_its_pairs(store, tmp_path):
     found = evaluate_store(store, "csmae", "ours", drawings=50)
     assert (found.headline, len(found.table), found.curves) == ("partner_r", 0, [])
