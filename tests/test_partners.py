@@ -266,7 +266,7 @@ def test_a_folder_of_unlabelled_pairs_from_the_command_line(runs, capsys):
     assert set(told) == {"s1->s2", "s2->s1"} and set(table.system) == {"csmae", "band_cca", "chance"}
     assert main(["report", str(runs[0]), "evaluate.drawings=20"]) == 0
     page = re.sub(r"data:image/[^\"]+", "", (runs[0]/"report.html").read_text())
-    assert "The other sensor's image of the same patch" in page and "Margins in R@10" in page
+    assert "asks for its own image by the other one" in page and "Margins in R@10" in page
     assert "All scores" not in page and "mAP" not in page and "no labels" in page
 
 
