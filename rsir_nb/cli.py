@@ -61,7 +61,7 @@ def _fail(message, status):
 
 # %% ../nbs/91_cli.ipynb #e77962e1
 KINDS = dict(datasets=DATASETS, methods=METHODS, backbones=BACKBONES, losses=LOSSES, indexes=INDEXES)
-FACTS = 'sensors', 'losses', 'paper', 'licence'
+FACTS = 'sensors', 'losses', 'schemes', 'paper', 'licence'
 
 @app.command('list')
 def list_command(
@@ -78,8 +78,10 @@ def list_command(
         print(f"{name}:")
         for o in map(registry.info, registry.list()):
             print(f"  {o['name']:<20} {o['description']}")
-            facts = [f"{k}: {o[k]}" for k in FACTS if o.get(k, 'none') != 'none']
+            facts = [f"{k}: {_listed(o[k])}" for k in FACTS if o.get(k, 'none') != 'none']
             if kind and facts: print(f"  {'':<20} {'; '.join(facts)}")
+
+def _listed(fact): return ', '.join(map(str, fact)) if isinstance(fact, (list, tuple)) else fact
 
 # %% ../nbs/91_cli.ipynb #882f590e
 @app.command('pretrain')

@@ -8,7 +8,6 @@ __all__ = ['codes_app', 'CodesPlace', 'CodesFile', 'load_array', 'codes_create_c
            'codes_search_command', 'hits_table']
 
 # %% ../nbs/90d_verbs_codes.ipynb #3fe35c92
-import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -36,16 +35,14 @@ def load_array(
 
 # %% ../nbs/90d_verbs_codes.ipynb #16543f3d
 def _told(where):
-    "A place as it may be printed: without a password."
-    where = re.sub(r"(://[^:/@]*:)[^@]+@", r"\1***@", where)
-    return re.sub(r"(password\s*=\s*)('[^']*'|[^\s&]+)", r"\1***", where)
-
-def _is_address(where): return not Path(where).exists() and re.match(r'[A-Za-z][\w+.-]+:|\s*\w+\s*=', where)
+    "A place as it may be printed."
+    from rsir_nb.remote.engines import without_password
+    return without_password(str(where))
 
 def _opened(where):
     "The index for reading."
-    from rsir_nb.remote.engines import open_index
-    if _is_address(where) or Path(where).exists(): return open_index(where)
+    from rsir_nb.remote.engines import address_scheme, open_index
+    if address_scheme(where) or Path(where).exists(): return open_index(where)
     raise MissingFileError(f"{where} is not there", wanted="a folder or file of codes, or an address",
                            remedy=f"rsir codes create {where} --bits 128")
 
@@ -72,8 +69,8 @@ def codes_create_command(
 ):
     "Make an index in a new folder, or a table in a database."
     from rsir_nb.live.index import LiveIndex
-    from rsir_nb.remote.engines import open_index
-    if _is_address(where):
+    from rsir_nb.remote.engines import address_scheme, open_index
+    if address_scheme(where):
         if begin: raise InputError("a database begins empty", remedy="leave --begin out, and add its codes")
         index = open_index(where, n_bits=bits or 128)
         if len(index): raise InputError(f"{_told(where)} holds {len(index):,} codes", remedy="rsir codes add")

@@ -59,6 +59,18 @@ def test_a_cluster(run, nodes, tmp_path):  # noqa: F811
     assert answers(Retriever.load(tmp_path/"r"), ids[:1]) == answers(plain, ids[:1])
 
 
+def test_an_engine_of_an_outsider(run, tmp_path):
+    "Named in a config by its address, kept by it, and opened again."
+    from toy_server import ToyIndex, served
+    plain = open_search(run)
+    assert main(["index", str(run), "index.engine=toy://archive"]) == 0
+    again = open_search(run)
+    assert {type(o) for o in again.indexes.values()} == {ToyIndex} and len(served) == 2
+    assert all(o.startswith("toy://archive/rsir_") for o in served)
+    assert answers(again, plain.store.ids[:3]) == answers(plain, plain.store.ids[:3])
+    assert main(["index", str(run), "index.engine=hamming"]) == 0
+
+
 @pytest.mark.parametrize("address, kept", [
     ("postgresql://me:secret@host/db", "postgresql://me@host/db"),
     ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me"),
@@ -66,13 +78,13 @@ def test_a_cluster(run, nodes, tmp_path):  # noqa: F811
     ("postgresql://host/db?password=secret", "postgresql://host/db")])
 def test_a_password_is_used_and_not_kept(run, tmp_path, monkeypatch, address, kept):
     "The whole address opens the index, also right after it is made; the folder keeps the rest of it."
-    from rsir_nb.remote import engines
+    from rsir_nb.engine import retriever
     plain, asked = open_search(run), []
-    def opened(where, **kw):
+    def opened(where, *more, **kw):
         asked.append(where)
         return type("Full", (), dict(__len__=lambda self: len(plain), n_bits=plain.store.n_bits))()
-    monkeypatch.setattr(engines, "open_index", opened)
-    monkeypatch.setattr(engines, "fill_index", lambda index, *args: index)
+    monkeypatch.setattr(retriever, "open_index", opened)
+    monkeypatch.setattr(retriever, "fill_index", lambda index, *args: index)
     Retriever.build(plain.method, plain.store, tmp_path/"r", engine=address)
     assert len(asked) == 4 and all("secret" in o for o in asked)
     assert read_json(tmp_path/"r"/"retriever.json")["engine"].rstrip("?") == kept

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from power_loss import Disk, Killed
 from rsir_nb.core import (INDEXES, BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, atomic_path,
                           write_json)
-from rsir_nb.retrieval import index as index_files
+from rsir_nb.retrieval import local as index_files
 from rsir_nb.live import segments as segment_files
 from rsir_nb.retrieval.hamming import HammingIndex
 from rsir_nb.live.index import LiveIndex
@@ -97,7 +97,7 @@ def test_empty_things(tmp_path):
         assert ix.remove([0, 1, 2]) == 3 and ix.info()["segments"] == [] and ix.info()["bytes"] == 0
         assert ix.search(xq, 1)[0].shape == (3, 0) and ix.add(xq[:1]).tolist() == [3]
     assert INDEXES.create("live", path=tmp_path/"a").verify().ids.tolist() == [3]
-    assert len(LiveIndex.load(tmp_path/"a")) == 1
+    assert len(LiveIndex.open(tmp_path/"a", verify=True)) == 1
 
 
 BAD = {
@@ -467,11 +467,11 @@ def test_every_flipped_byte_is_found_and_its_file_named(damaged):
             changed = bytearray(whole)
             changed[at] ^= 1 << int(rng.integers(8))
             path.write_bytes(changed)
-            with pytest.raises(CorruptError, match=path.name): LiveIndex.load(damaged)
+            with pytest.raises(CorruptError, match=path.name): LiveIndex.open(damaged, verify=True)
             if path.name == "manifest":
                 with pytest.raises(CorruptError, match=path.name): LiveIndex.open(damaged)
         path.write_bytes(whole)
-    LiveIndex.load(damaged)
+    LiveIndex.open(damaged, verify=True)
 
 
 def test_a_flip_in_the_notes_of_deletions_is_found_on_open(damaged):

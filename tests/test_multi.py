@@ -10,12 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rsir_nb.core import INDEXES, CorruptError, InputError, UnknownNameError
-from rsir_nb.retrieval.buckets import BucketTables, _bits, _cuts, _walk, count_buckets, table_bytes
+from rsir_nb.retrieval.buckets import BucketTables, _bits, _walk
 from rsir_nb.retrieval.codes import hamming_distances
 from rsir_nb.retrieval.duplicates import (DuplicatePairs, duplicate_groups, group_table, iter_near_duplicates,
                                           near_duplicates, pair_table)
 from rsir_nb.retrieval.hamming import HammingIndex
-from rsir_nb.retrieval.index import load_arrays, save_arrays
+from rsir_nb.retrieval.local import load_arrays, save_arrays
+from rsir_nb.retrieval.substrings import count_buckets, substring_cuts, table_bytes
 from rsir_nb.retrieval.multi import MultiIndex
 
 QUICK = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
@@ -260,7 +261,7 @@ def test_a_substring_is_cut_across_words(a, b, lo, width):
 @pytest.mark.parametrize("n", [0, 1, 200, 10**4, 10**6, 10**8, 2**32])
 @pytest.mark.parametrize("n_bits", [8, 16, 24, 64, 72, 128, 256, 2048])
 def test_substrings_cover_a_code(n, n_bits):
-    cuts = _cuts(n_bits, n)
+    cuts = substring_cuts(n_bits, n)
     assert cuts[0] == 0 and cuts[-1] == n_bits and 1 <= np.diff(cuts).min() and np.diff(cuts).max() <= 30
     assert count_buckets(n, n_bits, n_bits) <= sum(2**int(w) for w in np.diff(cuts))
     assert count_buckets(n, n_bits, 0) == 1
@@ -270,7 +271,7 @@ def test_a_search_through_every_bucket_meets_every_code_once():
     codes = make_codes(500, 40, groups=3)
     ix = filled(HammingIndex, codes)
     query, dists, at, fate, work = BucketTables(ix).look_up(ix, codes[:3], 40)
-    assert len(at) == 1500 and fate.tolist() == [0, 0, 0] and work[1] == 3*500*(len(_cuts(40, 500)) - 1)
+    assert len(at) == 1500 and fate.tolist() == [0, 0, 0] and work[1] == 3*500*(len(substring_cuts(40, 500)) - 1)
     np.testing.assert_array_equal(np.sort(at.reshape(3, -1), axis=1), np.tile(np.arange(500), (3, 1)))
 
 

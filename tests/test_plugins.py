@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rsir_nb.cli import main
-from rsir_nb.core import DATASETS
+from rsir_nb.core import DATASETS, INDEXES, UnknownNameError
 from rsir_nb.plugins import installed, load_installed
 
 VERBS = '''
@@ -48,6 +49,7 @@ query = lab_verbs:query
 lost = lab_nowhere:verb
 
 [rsir_nb.plugins]
+engine = toy_server
 lab = lab_parts
 lost = lab_nowhere
 '''
@@ -70,8 +72,9 @@ def lab(tmp_path, monkeypatch):
     load_installed.cache_clear()
     yield tmp_path
     load_installed.cache_clear()
-    for o in "lab_verbs", "lab_parts": sys.modules.pop(o, None)
-    for o in (DATASETS.entries, DATASETS.meta): o.pop("lab_zeros", None)
+    for o in "lab_verbs", "lab_parts", "toy_server": sys.modules.pop(o, None)
+    for o in DATASETS, INDEXES:
+        for name in "lab_zeros", "toy_server": o.entries.pop(name, None), o.meta.pop(name, None)
 
 
 def test_verbs_are_found(lab, capsys):
@@ -102,6 +105,22 @@ def test_parts_are_found_by_configs(lab, capsys, caplog):
     assert "lab_nowhere" in caplog.text and "package lab" in caplog.text
     assert main(["list", "datasets"]) == 0
     assert "Nothing, seen n times" in capsys.readouterr().out
+
+
+def test_an_engine_with_an_address_of_its_own(lab, capsys):
+    from rsir_nb.engine.retriever import IndexConfig
+    from rsir_nb.remote.engines import open_index
+    codes = np.arange(40, dtype=np.uint8).reshape(20, 2)
+    open_index("toy://a", n_bits=16).add(codes)
+    assert open_index("toy://a").search(codes[3:4], 1)[1].tolist() == [[3]] and IndexConfig("toy://b").engine == "toy://b"
+    with pytest.raises(UnknownNameError, match="did you mean toy"): IndexConfig("tox://b")
+    assert main(["list", "indexes"]) == 0 and "schemes: toy" in capsys.readouterr().out
+    assert main(["codes", "info", "toy://a"]) == 0 and "items: 20" in capsys.readouterr().out
+
+
+def test_without_the_package_its_addresses_are_unknown(capsys):
+    assert main(["codes", "info", "toy://a"]) == 2
+    assert "no address of an index is called 'toy:'" in capsys.readouterr().err
 
 
 def test_where_there_is_none_nothing_is_loaded(tmp_path):

@@ -11,10 +11,10 @@ import pytest
 from engines import clustered, hamming, new_table, postgres, same  # noqa: F401
 from rsir_nb.core import INDEXES, InputError, RsirError, UnknownNameError
 from rsir_nb.geo import overlaps_box, wkb_box
-from rsir_nb.remote.database import Database, local_postgres, split_dsn
+from rsir_nb.remote.database import Code, Database, local_postgres, split_dsn
 from rsir_nb.retrieval.hamming import HammingIndex
 from rsir_nb.remote.postgres import PostgresIndex
-from rsir_nb.remote.rows import CodeTable, metadata_columns, sql_filter
+from rsir_nb.remote.rows import CodeTable, metadata_rows, sql_filter
 
 pytestmark = pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR")
 
@@ -338,10 +338,9 @@ def test_the_graph_is_used_and_finds_most(graphed):
 
 
 def _plan(ix, cur, xq):
-    from rsir_nb.remote.rows import bit_strings
     ix._graph(cur)
-    query = ix.at.sql("EXPLAIN SELECT id FROM {t} ORDER BY code <~> %s::bit({n}) LIMIT 10")
-    return "\n".join(o for o, in cur.execute(query, bit_strings(xq)))
+    query = ix.at.sql("EXPLAIN SELECT id FROM {t} ORDER BY code <~> %s LIMIT 10")
+    return "\n".join(o for o, in cur.execute(query, [Code(xq[0])]))
 
 
 def test_never_fewer_than_there_are(graphed, caplog):
@@ -458,5 +457,4 @@ def test_filters_as_text():
 
 
 def test_metadata_of_nothing():
-    columns, names = metadata_columns(pd.DataFrame(dict(id=[])))
-    assert names == ["id"] and all(len(o) == 0 for o in columns)
+    assert metadata_rows(pd.DataFrame(dict(id=[]))) == ([], ["id"])

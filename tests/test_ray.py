@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_merging_shards_is_exact(nodes, tmp_path, shards):  # noqa: F811
     ids = np.random.default_rng(0).permutation(1000)[:150]
     ix = RayIndex.build(tmp_path/"shards", codes, ids, shards=shards, searchers=nodes.pool)
     local, rng = hamming(codes, ids), np.random.default_rng(1)
-    assert len(ix.shards) == shards
+    assert len(ix.shards.files) == shards
     for k in 1, 49, 51, 150: same(ix.search(codes[::50], k), local.search(codes[::50], k))
     for share in 0, 0.02, 0.5:
         mask = rng.random(150) < share
@@ -102,7 +103,7 @@ def test_built_from_blocks_or_a_file(nodes, tmp_path):  # noqa: F811
     for i, (source, ids) in enumerate([((o for o in np.split(codes, [100, 350])), np.arange(500)[::-1]),
                                        (local.save(tmp_path/"codes.index"), None)]):
         ix = RayIndex.build(tmp_path/f"{i}", source, ids, shards=3, searchers=nodes.pool)
-        assert len(ix.shards) == 3
+        assert len(ix.shards.files) == 3
         same(ix.search(codes[:3], 100), local.search(codes[:3], 100))
         assert HammingIndex.load(ix.save(tmp_path/f"{i}.index")).ids.tolist() == local.ids.tolist()
 
@@ -119,7 +120,7 @@ def test_a_build_that_cannot_be_leaves_no_index(tmp_path, codes, ids, told):
 
 def test_damage_is_found_on_whichever_node(nodes, tmp_path):  # noqa: F811
     ix = RayIndex.build(tmp_path/"shards", clustered(400), shards=2, searchers=nodes.pool)
-    file = ix.folder/ix.shards[1]["file"]
+    file = Path(ix.shards.paths[1])
     good = file.read_bytes()
     for bad in bytes(bytearray(good[:-90]) + bytes([good[-90] ^ 4]) + good[-89:]), good[:-50], b"":
         file.write_bytes(bad)
@@ -135,8 +136,8 @@ def test_a_killed_writer_leaves_the_state_before(nodes, tmp_path):  # noqa: F811
     codes = clustered(100)
     ix = RayIndex.build(tmp_path/"shards", codes, shards=2, searchers=nodes.pool)
     code = (f"import os, rsir_nb.remote.ray as r, numpy as np\n"
-            f"r._write_shards = lambda *a: os._exit(9)\nix = r.RayIndex({str(ix.folder)!r})\n"
-            f"ix._new_ids = lambda ids, n: np.arange(100, 100 + n)\nix.add(np.zeros((5, 8), np.uint8))")
+            f"r.Shards.write = lambda self: os._exit(9)\nix = r.RayIndex({str(ix.folder)!r})\n"
+            f"ix.add(np.zeros((5, 8), np.uint8))")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, capture_output=True, timeout=120)
     assert done.returncode == 9, done.stderr[-2000:]
     ix.refresh()

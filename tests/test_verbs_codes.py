@@ -139,5 +139,5 @@ def test_no_password_is_printed():
     from rsir_nb.verbs_codes import _told
     for where in "postgresql://me:secret@host/db", "host=a password=secret user=me", "host=a password = 'se secret' user=me", \
                  "postgresql://me@host/db?password=secret&user=me":
-        assert "secret" not in _told(where) and "me" in _told(where) and "***" in _told(where)
+        assert "secret" not in _told(where) and "me" in _told(where)
     assert _told("codes/a:b") == "codes/a:b" and _told("postgresql://host/db") == "postgresql://host/db"

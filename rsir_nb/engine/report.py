@@ -196,7 +196,8 @@ def _origin(run_dir, cfg, store, archive):
     "Everything needed to make it again."
     skipped, versions = skipped_patches(store), read_json(run_dir/'versions.json')
     facts = {'archive': f"{cfg.data.name}, {len(archive):,} patches", 'patches left out': len(skipped),
-             'method': cfg.method.name, 'weights': store.weights_hash, 'seed': cfg.seed, **_best_epoch(run_dir),
+             'method': cfg.method.name, 'weights': store.weights_hash, 'seed': cfg.seed,
+             'epoch': best_epoch(run_dir) or 'the last',
              'codes': f"{store.n_bits} bits, {store.n_bits//8} bytes" if store.n_bits else 'none',
              **{k: v if k != 'git' else v[:12] for k, v in versions.items() if v}}
     rows = ''.join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
@@ -206,12 +207,6 @@ def _origin(run_dir, cfg, store, archive):
     yaml = escape(OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in plain.items() if k != 'out'})))
     return (f"<h2>How it was made</h2>\n<dl>{rows}</dl>\n{bad}"
             f"<details><summary>The whole config</summary><pre>{yaml}</pre></details>\n")
-
-def _best_epoch(run_dir):
-    "Which epoch the weights are of, where a validation split decided it."
-    told = read_json(run_dir/'finished.json')
-    if 'best_epoch' not in told: return {}
-    return dict(epoch=f"{told['best_epoch'] + 1}, the best by {told['monitor']} ({told['value']:.4g})")
 
 # %% ../../nbs/76_engine.report.ipynb #f20869ce
 register_schema('report', ReportConfig)

@@ -17,8 +17,11 @@ from ..config import load_run_config, register_schema
 from ..core import (INDEXES, CorruptError, InputError, MissingFileError, atomic_path, folder_lock,
                           lazy_import, legal_arguments, read_json, unknown_name, write_json)
 from .search import Searcher
+from ..remote.engines import (address_scheme, fill_index, index_class, index_schemes, open_index,
+                                    without_password)
 from ..retrieval.codes import CodeStore
 from ..retrieval.index import Index
+from ..retrieval.local import LocalIndex
 from ..rundir import run_weights
 
 # %% auto #0
@@ -27,7 +30,6 @@ __all__ = ['Retriever', 'IndexConfig', 'open_search']
 # %% ../../nbs/73a_engine.retriever.ipynb #9c1266f3
 base = lazy_import('rsir_nb.methods.base')
 encoding = lazy_import('rsir_nb.engine.encode')
-engines = lazy_import('rsir_nb.remote.engines')
 archives = lazy_import('rsir_nb.data.base')
 
 # %% ../../nbs/73a_engine.retriever.ipynb #a664dbe1
@@ -60,8 +62,8 @@ class Retriever(Searcher):
             raise CorruptError(f"{path} has an index of other codes", found=told['codes'],
                                wanted=store.provenance['checksum'], remedy="build it again")
         kept = told.get('engine', 'hamming')
-        if engine is not None and _without_password(engine) != kept:
-            raise InputError(f"{path} is searched elsewhere", found=_without_password(engine), wanted=kept)
+        if engine is not None and without_password(engine) != kept:
+            raise InputError(f"{path} is searched elsewhere", found=without_password(engine), wanted=kept)
         if (weights := read_json(path/'method/method.json')['weights_hash']) != store.weights_hash:
             raise CorruptError(f"{path} has the codes of another method", found=store.weights_hash,
                                wanted=weights, remedy="build it again")
@@ -87,7 +89,7 @@ def build(cls:Retriever,
                 encoding.encode(method, source, path/'codes', **options)
         store.require(weights_hash=method.weights_hash)
         told = dict(weights=method.weights_hash, codes=store.provenance['checksum'],
-                    indexes=list(store.codes), engine=_without_password(engine))
+                    indexes=list(store.codes), engine=without_password(engine))
         if not (path/'retriever.json').is_file() or read_json(path/'retriever.json') != told:
             for m in store.codes: _fill(engine, path, m, store)
             method.save(path/'method')
@@ -115,28 +117,24 @@ class IndexConfig:
     engine:str = 'hamming' # 'hamming', 'multi', one of your own, or an address: postgresql://..., ray:FOLDER
 
     def __post_init__(self):
-        if self.engine not in _beside_codes() and not _ADDRESS.match(self.engine):
+        if address_scheme(self.engine): index_class(self.engine)
+        elif self.engine not in INDEXES.list() or not _holds_codes(self.engine):
+            beside = filter(_holds_codes, INDEXES.list())
             raise unknown_name('engine of an index', self.engine,
-                               [*_beside_codes(), 'postgresql://...', 'ray:...'])
+                               [*beside, *(f'{o}:...' for o in index_schemes())])
 
-def _beside_codes():
-    "The registered indexes that need to know nothing but the length of a code."
-    return [o for o in INDEXES.list() if legal_arguments(INDEXES.get(o))[:1] == ['n_bits']]
-
-_ADDRESS = re.compile(r'(postgres(ql)?://|ray:)')
+def _holds_codes(engine):
+    "Whether a registered index is kept in a file and needs to know nothing but the length of a code."
+    cls = INDEXES.get(engine)
+    return issubclass(cls, LocalIndex) and legal_arguments(cls)[:1] == ['n_bits']
 
 register_schema('index', IndexConfig)
 
 # %% ../../nbs/73a_engine.retriever.ipynb #42c3d58d
-def _without_password(engine):
-    engine = re.sub(r'(://[^:/@]*):[^@/]*@', r'\1@', engine)
-    return re.sub(r'([?&])password=[^&]*(&|$)', lambda o: o[1] if o[2] else '', engine)
-
 def _address(engine, modality, store):
     "Where one sensor's codes of one code store are kept."
-    if engine.startswith('ray:'): return f"{engine.rstrip('/')}/{modality}"
-    table = f"rsir_{store.provenance['checksum'][:12]}_{re.sub(r'[^a-z0-9]', '_', modality.lower())}"
-    return f"{engine}{'&' if '?' in engine else '?'}table={table}"
+    name = f"rsir_{store.provenance['checksum'][:12]}_{re.sub(r'[^a-z0-9]', '_', modality.lower())}"
+    return index_class(engine).named(engine, name)
 
 def _file(engine, path, modality):
     return path/'index'/(f'{modality}.index' if engine == 'hamming' else f'{modality}.{engine}')
@@ -144,20 +142,19 @@ def _file(engine, path, modality):
 def _fill(engine, path, modality, store):
     "Make the index of one sensor's codes, or finish what was begun."
     rows, codes = np.flatnonzero(store.present(modality)), store.codes[modality]
-    if _ADDRESS.match(engine):
-        told = dict(weights_hash=store.weights_hash) if engine.startswith('postgres') else {}
-        index = engines.open_index(_address(engine, modality, store), n_bits=store.n_bits, **told)
-        return engines.fill_index(index, codes[rows], rows, store.table.iloc[rows])
+    if address_scheme(engine):
+        index = open_index(_address(engine, modality, store), store.n_bits, weights_hash=store.weights_hash)
+        return fill_index(index, codes[rows], rows, store.table.iloc[rows])
     index = INDEXES.create(engine, n_bits=store.n_bits)
     index.add(codes if len(rows) == len(codes) else codes[rows], ids=rows)
     return index.save(_file(engine, path, modality))
 
 def _open(engine, path, modality, store, mmap):
     "The index of one sensor's codes."
-    if not _ADDRESS.match(engine): return INDEXES.get(engine).load(_file(engine, path, modality), mmap)
-    index, wanted = engines.open_index(_address(engine, modality, store)), int(store.present(modality).sum())
+    if not address_scheme(engine): return INDEXES.get(engine).load(_file(engine, path, modality), mmap)
+    index, wanted = open_index(_address(engine, modality, store)), int(store.present(modality).sum())
     if len(index) != wanted: raise CorruptError(
-        f"{_without_password(engine)} does not hold the codes of {modality}",
+        f"{without_password(engine)} does not hold the codes of {modality}",
         found=f"{len(index):,} codes", wanted=f"{wanted:,}", remedy="index the run again with --overwrite")
     return index
 

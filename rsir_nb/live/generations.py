@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import InputError
 from ..retrieval.hamming import HammingIndex
-from ..retrieval.index import whole_numbers
+from ..retrieval.index import check_filter, choose_ids, merge_nearest, merge_ranges
 
 # %% ../../nbs/45a_live.generations.ipynb #c9b6bc54
 @dataclass(frozen=True)
@@ -50,16 +49,13 @@ def allowed(self:Generation,
 ) -> list: # (segment, mask over its file or None for all) where anything is left
     "What of each segment a filter lets through."
     if where is None: return [(o, o.alive) for o in self.segments]
-    where = np.asarray(where)
+    where = check_filter(where, len(self))
     masks = self._cut(where) if where.dtype == bool else self._chosen(where)
     return [(o, m) for o, m in zip(self.segments, masks, strict=True) if m is None or m.any()]
 
 @patch
 def _cut(self:Generation, where):
     "One mask a segment from a mask over all items."
-    if where.shape != (len(self),):
-        raise InputError("the mask does not fit the index", found=f"shape {where.shape}",
-                         wanted=f"({len(self)},)")
     stops = np.cumsum([0, *(o.live for o in self.segments)])
     for o, first, stop in zip(self.segments, stops[:-1], stops[1:], strict=True):
         if where[first:stop].all(): yield o.alive
@@ -70,12 +66,8 @@ def _cut(self:Generation, where):
             yield mask
 
 @patch
-def _chosen(self:Generation, where):
+def _chosen(self:Generation, ids):
     "One mask a segment from a list of ids."
-    ids = whole_numbers(where, 'ids to choose from')
-    if len(ids) == len(self) > 2 and ids.max() <= 1:
-        raise InputError("this filter is a mask of zeros and ones", found=where.dtype, wanted="bool",
-                         remedy="write mask.astype(bool); whole numbers are taken as ids")
     for o in self.segments:
         rows, mask = o.find(ids), np.zeros(len(o.index), dtype=bool)
         mask[rows[rows >= 0]] = True
@@ -91,10 +83,7 @@ def search(self:Generation,
     "The nearest items of every query, the earlier inserted first where distances are equal."
     found = [HammingIndex(self.state['n_bits']).search(xq, k)]
     found += [o.index.search(xq, k, where=mask) for o, mask in self.allowed(where)]
-    if len(found) == 2: return found[1]
-    dists, ids = (np.concatenate(o, axis=1) for o in zip(*found, strict=True))
-    order = np.argsort(dists, axis=1, kind='stable')[:, :k]
-    return np.take_along_axis(dists, order, 1), np.take_along_axis(ids, order, 1)
+    return merge_nearest(found[1:] or found, k)
 
 @patch
 def range_search(self:Generation,
@@ -105,10 +94,7 @@ def range_search(self:Generation,
     "All items within `radius` of every query, nearest first."
     found = [HammingIndex(self.state['n_bits']).range_search(xq, radius)]
     found += [o.index.range_search(xq, radius, where=mask) for o, mask in self.allowed(where)]
-    query = np.concatenate([np.repeat(np.arange(len(lims) - 1), np.diff(lims)) for lims, _, _ in found])
-    dists, ids = (np.concatenate([o[i] for o in found]) for i in (1, 2))
-    order = np.lexsort((dists, query))
-    return sum(lims for lims, _, _ in found), dists[order], ids[order]
+    return merge_ranges(found[1:] or found)
 
 # %% ../../nbs/45a_live.generations.ipynb #105a8af7
 @patch
@@ -117,19 +103,8 @@ def new_ids(self:Generation,
     n:int, # rows to be added
 ) -> np.ndarray: # int64 (n,)
     "The ids of new items, or an `InputError`."
-    following = self.state['next']
-    if ids is None:
-        if following + n > np.iinfo(np.int64).max: raise InputError("there is no id left", remedy="pass ids")
-        return np.arange(following, following + n)
-    ids = whole_numbers(ids, 'ids')
-    if len(ids) != n: raise InputError("ids and rows differ in number", found=f"{len(ids)} ids, {n} rows")
-    values, counts = np.unique(ids, return_counts=True)
-    old = values[values < following]
-    twice = np.concatenate([values[counts > 1], *(old[o.find(old) >= 0] for o in self.segments)])
-    if len(twice):
-        raise InputError("ids are given twice, or are in the index already", found=twice[:5].tolist(),
-                         remedy="remove the old item first, or let the index number its items")
-    return ids
+    held = lambda some: np.concatenate([some[o.find(some) >= 0] for o in self.segments] or [some[:0]])
+    return choose_ids(ids, n, self.state['next'], held)
 
 @patch
 def joined(self:Generation,

@@ -9,25 +9,24 @@ __all__ = ['LiveIndex']
 import json, os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import (INDEXES, BusyError, CorruptError, InputError, UnknownNameError, folder_lock,
-                          sync_path)
+from ..core import INDEXES, BusyError, CorruptError, InputError, folder_lock, sync_path
 from ..retrieval.codes import check_codes
 from .generations import Generation
 from ..retrieval.hamming import HammingIndex
-from ..retrieval.index import Index, whole_numbers, load_arrays
+from ..retrieval.index import Index, not_in_index
 from .segments import (is_leftover, open_segment, read_manifest, sweep_files, verify_files,
                                         write_deleted, write_manifest, write_segment)
 
 # %% ../../nbs/45b_live.index.ipynb #d037fa49
-@INDEXES.register('live', exact=True)
+@INDEXES.register('live', exact=True, marker='manifest')
 class LiveIndex(Index):
     "Exact search by Hamming distance in a folder that others go on adding to."
-    kind, dist_type = 'live', np.int32
+    dist_type = np.int32
 
     def __init__(self,
         path:str|Path, # folder of the index
@@ -52,6 +51,25 @@ class LiveIndex(Index):
     codes      = property(lambda self: self._now.codes, doc="The codes in the order of insertion, as a copy.")
 
     def __len__(self): return len(self._now)
+
+    def _check(self, x, what): return check_codes(x, self.n_bits, what)
+
+    def _search(self, xq, k, where): return self._now.search(xq, k, where)
+
+    def _range_search(self, xq, radius, where): return self._now.range_search(xq, radius, where)
+
+    def _add(self, x, ids):
+        self._check_writer()
+        ids = self._now.new_ids(ids, len(x))
+        if len(ids): self._append(x, ids)
+        return ids
+
+    def _remove(self, ids):
+        self._check_writer()
+        if len(ids): self._delete(ids)
+        return len(ids)
+
+    def save(self, path): return self._now.joined().reserve(self._now.state['next']).save(path)
 
 # %% ../../nbs/45b_live.index.ipynb #f46ca387
 @patch
@@ -85,33 +103,6 @@ def open(cls:LiveIndex,
 ) -> LiveIndex: # open for reading
     "Open for reading, as the class itself does when it is called."
     return cls(path, **kwargs)
-
-@patch(cls_method=True)
-def load(cls:LiveIndex,
-    path:str|Path, # folder of the index
-    verify:bool=True, # compare all checksums, which reads all of it once
-) -> LiveIndex: # open for reading
-    "Open for reading, by the name that every index has."
-    return cls(path, verify=verify)
-
-# %% ../../nbs/45b_live.index.ipynb #14c2a3b8
-@patch
-def search(self:LiveIndex,
-    xq:np.ndarray, # queries, packed uint8 (Q, n_bits/8)
-    k:int, # how many results to a query, from 1
-    where:Any=None, # bool mask over the items in insertion order, or the ids to choose from
-) -> tuple[np.ndarray, np.ndarray]: # dists int32 (Q,k') rising, ids int64 (Q,k'), k' = min(k, matching)
-    "The nearest items of every query, the earlier inserted first where distances are equal."
-    return self._now.search(xq, k, where)
-
-@patch
-def range_search(self:LiveIndex,
-    xq:np.ndarray, # queries, packed uint8 (Q, n_bits/8)
-    radius:float, # largest distance that counts, in bits
-    where:Any=None, # bool mask over the items in insertion order, or the ids to choose from
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # lims int64 (Q+1,), dists int32 (R,), ids int64 (R,)
-    "All items within `radius` of every query, nearest first."
-    return self._now.range_search(xq, radius, where)
 
 # %% ../../nbs/45b_live.index.ipynb #0af8b48d
 @patch
@@ -154,7 +145,7 @@ def create(cls:LiveIndex,
         if others: raise InputError(f"{path} is not empty", found=', '.join(sorted(others)[:5]),
                                     wanted="a new folder", remedy="open what is there by LiveIndex.write")
         segments = [write_segment(path, 1, from_index).entry] if first is not None and len(first) else []
-        following = 0 if first is None else load_arrays(from_index, 'hamming', verify=False)[0]['next']
+        following = 0 if first is None else first.next_id
         write_manifest(path, dict(n_bits=n_bits, generation=0, next=following, files=1, segments=segments,
                                   provenance=provenance))
         sync_path(path.parent)
@@ -245,19 +236,11 @@ def _check_writer(self:LiveIndex):
 
 # %% ../../nbs/45b_live.index.ipynb #16c2843d
 @patch
-def add(self:LiveIndex,
-    x:np.ndarray, # codes to add, packed uint8 (n, n_bits/8)
-    ids:Any=None, # whole numbers from 0, (n,); by default they go on from the largest so far, or 0
-) -> np.ndarray: # int64 (n,), the ids
-    "Append rows, for good when it returns; nothing is added if one of them cannot be."
-    self._check_writer()
-    codes = check_codes(x, self.n_bits, 'rows to add')
-    ids, segments = self._now.new_ids(ids, len(codes)), self._now.segments
-    if not len(ids): return ids
+def _append(self:LiveIndex, codes, ids):
+    "Commit new rows."
     first = self._now.merge_from(len(ids))
     new = self._written(self._now.joined(first, codes, ids))
-    self._commit([*segments[:first], new], max(self._now.state['next'], int(ids.max()) + 1))
-    return ids
+    self._commit([*self._now.segments[:first], new], max(self._now.state['next'], int(ids.max()) + 1))
 
 @patch
 def _written(self:LiveIndex, index):
@@ -266,21 +249,13 @@ def _written(self:LiveIndex, index):
 
 # %% ../../nbs/45b_live.index.ipynb #200dd0c5
 @patch
-def remove(self:LiveIndex,
-    ids:Any, # ids to remove, (n,)
-) -> int: # how many items are gone
-    "Remove items by id, for good when it returns; if one is not there an `UnknownNameError`, and none is."
-    self._check_writer()
-    ids = np.unique(whole_numbers(ids, 'ids to remove'))
+def _delete(self:LiveIndex, ids):
+    "Commit that some rows are gone; if one is not there, none is."
     rows = [o.find(ids) for o in self._now.segments]
     missing = ids[np.all([o < 0 for o in rows], axis=0)] if rows else ids
-    if len(missing):
-        raise UnknownNameError(f"{len(missing)} of the ids to remove are not in the index",
-                               found=missing[:5].tolist())
-    if len(ids):
-        left = [self._without(o, at[at >= 0]) for o, at in zip(self._now.segments, rows, strict=True)]
-        self._commit([o for o in left if o])
-    return len(ids)
+    if len(missing): raise not_in_index(missing)
+    left = [self._without(o, at[at >= 0]) for o, at in zip(self._now.segments, rows, strict=True)]
+    self._commit([o for o in left if o])
 
 @patch
 def _without(self:LiveIndex, segment, rows):
@@ -301,15 +276,6 @@ def compact(self:LiveIndex) -> int: # bytes by which the index is smaller
     if len(segments) < 2 and all(o.alive is None for o in segments): return 0
     self._commit([self._written(self._now.joined())])
     return before - self.info()['bytes']
-
-@patch
-def save(self:LiveIndex,
-    path:str|Path, # file to write
-) -> Path: # `path`
-    "Write what is left into one file that `HammingIndex.load` opens."
-    index = self._now.joined()
-    index._next = max(index._next, self._now.state['next']) # ids of what was deleted are not given again
-    return index.save(path)
 
 # %% ../../nbs/45b_live.index.ipynb #86df0c85
 @patch

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core import CorruptError, MissingFileError, atomic_path
 from ..retrieval.codes import file_checksum
 from ..retrieval.hamming import HammingIndex
-from ..retrieval.index import load_arrays, save_arrays
+from ..retrieval.local import load_arrays, save_arrays
 
 # %% ../../nbs/45_live.segments.ipynb #f116d24f
 _FORMAT, _VERSION = 'rsir_nb live index', 1

@@ -16,20 +16,28 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import INDEXES, InputError, UnknownNameError, unknown_name
+from .database import (Code, Database, add_vector, build_graph, find_vector, has_graph,
+                                     need_psycopg, split_dsn)
+from .engines import RemoteIndex
+from .rows import META, CodeTable, copy_in, copy_out, ids_and_codes, metadata_rows, sql_filter
 from ..retrieval.codes import check_codes
-from .database import (Database, add_vector, build_graph, find_vector, has_graph,
-                                        need_psycopg, split_dsn)
-from .engines import ENGINES
 from ..retrieval.hamming import HammingIndex
-from ..retrieval.index import Index, check_k, whole_numbers
-from .rows import (CodeTable, _bits, _fixed, _ids_to_add, _whole, bit_strings, copy_in,
-                                    copy_out, metadata_columns, sql_filter)
+from ..retrieval.index import choose_ids, not_in_index, whole_numbers
+
+# %% ../../nbs/46e_remote.postgres.ipynb #4f577bb7
+def _whole(value, name, low, high):
+    "A whole number, also from the text of an address."
+    try: number = int(value)
+    except (TypeError, ValueError): number = None
+    if number is None or isinstance(value, (bool, float)) or not low <= number <= high:
+        raise InputError(f"{name} cannot be used", found=repr(value), wanted=f"{low} to {high}")
+    return number
 
 # %% ../../nbs/46e_remote.postgres.ipynb #001e66b0
-@INDEXES.register('postgres', exact=True)
-class PostgresIndex(Index):
+@INDEXES.register('postgres', exact=True, schemes=('postgresql', 'postgres'))
+class PostgresIndex(RemoteIndex):
     "Packed binary codes in a table of a PostgreSQL database."
-    kind, dist_type, takes_table = 'hamming', np.int32, True
+    dist_type, takes_table = np.int32, True
 
     def __init__(self,
         dsn:str, # the server's address; `table=`, `mode=` and `ef_search=` in it count as arguments
@@ -53,8 +61,40 @@ class PostgresIndex(Index):
         self.n_bits, self.mode = about['n_bits'], self.mode or about['mode']
         self.weights_hash, self.provenance = about['weights'], about['provenance']
 
-    def __repr__(self):
-        return f"PostgresIndex({self.name!r}, n_bits={self.n_bits}, mode={self.mode!r}) in {self.db.told}"
+    @classmethod
+    def open(cls, address, n_bits=None, weights_hash=None, **options):
+        return cls(address, n_bits=n_bits, weights_hash=weights_hash, **options)
+
+    def __len__(self): return self.db.run(self.at.read)['n']
+
+    ids = property(lambda self: self.db.run(self._ids), doc="The ids in the order of insertion, int64 (N,).")
+
+    def _check(self, x, what): return check_codes(x, self.n_bits, what)
+
+    def _add(self, x, ids): return self.add(x, ids)
+
+    def _search(self, xq, k, where): return self.db.run(partial(self._nearest, xq, k, where))
+
+    def _range_search(self, xq, radius, where): return self.db.run(partial(self._within, xq, radius, where))
+
+    def _remove(self, ids): return self.db.run(partial(self._delete, ids), write=True)
+
+    def save(self, path): return self._joined().save(path)
+
+# %% ../../nbs/46e_remote.postgres.ipynb #20f272ce
+@patch(cls_method=True)
+def named(cls:PostgresIndex,
+    address:str, # of the server, a URL
+    name:str, # of a table
+) -> str: # the address of that table
+    "The address of a table."
+    if '://' not in address: raise InputError("a table cannot be added to this address", wanted="a URL",
+                                              remedy="postgresql://user@host/database")
+    return f"{address}{'&' if '?' in address else '?'}table={name}"
+
+@patch
+def __repr__(self:PostgresIndex):
+    return f"PostgresIndex({self.name!r}, n_bits={self.n_bits}, mode={self.mode!r}) in {self.db.told}"
 
 # %% ../../nbs/46e_remote.postgres.ipynb #bb49d4bd
 @patch
@@ -62,51 +102,51 @@ def add(self:PostgresIndex,
     x:np.ndarray, # packed codes, uint8 (n,n_bits/8)
     ids:Any=None, # whole numbers from 0, (n,); by default they go on from the largest so far, or 0
     table:pd.DataFrame|None=None, # what is known of each item, n rows in the order of the codes
-    graph:bool=True, # hnsw: make the graph if there is none; False if more is to be added first
+    finish:bool=True, # hnsw: make the graph if there is none; False if more is to be added first
 ) -> np.ndarray: # int64 (n,), the ids
     "Append codes; nothing is added if one of them cannot be."
     x = self._check(x, 'rows to add')
     if table is not None and len(table) != len(x):
         raise InputError("the table does not fit the codes", found=f"{len(table)} rows", wanted=len(x))
-    extra, keys = ([], []) if table is None else metadata_columns(table)
-    names = 'id, position, code' + ', meta, taken, west, south, east, north'*bool(extra)
-    def work(cur):
-        about = self.at.read(cur, lock=True)
-        taken = self.at.sql("SELECT id FROM {t} WHERE id = ANY(%s) LIMIT 5")
-        new = _ids_to_add(cur, taken, about, ids, len(x))
-        if not len(new): return new
-        places = np.arange(about['next_position'], about['next_position'] + len(new))
-        columns = [_fixed(new, '>i8'), _fixed(places, '>i8'), _bits(x), *extra]
-        copy_in(cur, self.at.sql(f"{{t}} ({names})"), columns)
-        known = list(dict.fromkeys([*about['columns'], *keys]))
-        cur.execute(self.at.sql("UPDATE {a} SET n = n + %s, next_id = GREATEST(next_id, %s::bigint), "
-                              "next_position = next_position + %s, columns = %s"),
-                    [len(new), int(new.max()) + 1, len(new), need_psycopg().types.json.Jsonb(known)])
-        if graph and self.mode == 'hnsw': self._graph_made(cur)
-        return new
-    return self.db.run(work, write=True)
+    extra, keys = ([()]*len(x), []) if table is None else metadata_rows(table)
+    return self.db.run(partial(self._insert, x, ids, extra, keys, finish), write=True)
 
 @patch
-def _check(self:PostgresIndex, x, what): return check_codes(x, self.n_bits, what)
+def _insert(self:PostgresIndex, x, ids, extra, keys, finish, cur):
+    about = self.at.read(cur, lock=True)
+    taken = self.at.sql("SELECT id FROM {t} WHERE id = ANY(%s) LIMIT 5")
+    held = lambda some: np.array([o for o, in cur.execute(taken, [some.tolist()])], np.int64)
+    new, last = choose_ids(ids, len(x), about['next_id'], held), np.iinfo(np.int64).max
+    if not len(new): return new
+    if new.max() == last: raise InputError("there would be no id left", found=int(last))
+    meta = META if extra[0] else {}
+    places = range(about['next_position'], about['next_position'] + len(new))
+    rows = ((i, at, Code(code), *o) for i, at, code, o in zip(new.tolist(), places, x, extra, strict=True))
+    into = self.at.sql(f"{{t}} ({', '.join(['id', 'position', 'code', *meta])})")
+    copy_in(cur, into, ['int8', 'int8', 'bit', *meta.values()], rows)
+    known = list(dict.fromkeys([*about['columns'], *keys]))
+    cur.execute(self.at.sql("UPDATE {a} SET n = n + %s, next_id = GREATEST(next_id, %s::bigint), "
+                            "next_position = next_position + %s, columns = %s"),
+                [len(new), int(new.max()) + 1, len(new), need_psycopg().types.json.Jsonb(known)])
+    if finish and self.mode == 'hnsw': self._graph_made(cur)
+    return new
 
 # %% ../../nbs/46e_remote.postgres.ipynb #1bcf05ab
 @patch
-def __len__(self:PostgresIndex): return self.db.run(self.at.read)['n']
-
-@patch(as_prop=True)
-def ids(self:PostgresIndex) -> np.ndarray: # int64 (N,)
-    "The ids in the order of insertion."
-    return self.db.run(self._ids_now)
+def _ids(self:PostgresIndex, cur):
+    rows = copy_out(cur, self.at.sql("SELECT id FROM {t} ORDER BY position"), ['int8'])
+    return np.array([o for o, in rows], dtype=np.int64)
 
 @patch
-def _ids_now(self:PostgresIndex, cur):
-    return copy_out(cur, self.at.sql("SELECT id FROM {t} ORDER BY position"))[0]
+def _both(self:PostgresIndex, cur):
+    "Ids and codes in the order of insertion."
+    query = self.at.sql("SELECT id, code FROM {t} ORDER BY position")
+    return ids_and_codes(copy_out(cur, query, ['int8', 'bit']), self.n_bits)
 
 @patch(as_prop=True)
 def codes(self:PostgresIndex) -> np.ndarray: # packed uint8 (N,n_bits/8)
     "The codes in the order of insertion."
-    query = self.at.sql("SELECT id, code FROM {t} ORDER BY position")
-    return self.db.run(lambda cur: copy_out(cur, query, self.n_bits))[1]
+    return self.db.run(self._both)[1]
 
 @patch
 def rows(self:PostgresIndex,
@@ -123,79 +163,53 @@ def rows(self:PostgresIndex,
 
 # %% ../../nbs/46e_remote.postgres.ipynb #1aaf6467
 @patch
-def search(self:PostgresIndex,
-    xq:np.ndarray, # packed queries, uint8 (Q,n_bits/8)
-    k:int, # how many results to a query, from 1
-    where:Any=None, # bool mask in insertion order, ids, or a dictionary over the metadata
-) -> tuple[np.ndarray, np.ndarray]: # dists int32 (Q,k') rising, ids int64 (Q,k'), k' = min(k, matching)
-    "The nearest items of every query; in mode 'exact' the earlier inserted first among equals."
-    xq, k = self._check(xq, 'queries'), check_k(k)
-    return self.db.run(lambda cur: self._search(cur, xq, k, *self._chosen(cur, where)))
-
-@patch
 def _chosen(self:PostgresIndex, cur, where):
     if where is None: return 'true', []
     about = self.at.read(cur)
-    return sql_filter(where, about['columns'], about['n'], partial(self._ids_now, cur))
+    return sql_filter(where, about['columns'], about['n'], partial(self._ids, cur))
 
 @patch
-def _search(self:PostgresIndex, cur, xq, k, condition, values):
+def _nearest(self:PostgresIndex, xq, k, where, cur):
+    condition, values = self._chosen(cur, where)
     matching = self.at.sql(f"SELECT count(*) FROM (SELECT 1 FROM {{t}} WHERE {condition} LIMIT %s) o")
     count = lambda: cur.execute(matching, [*values, k]).fetchone()[0]
     graph = self._graph(cur) if self.mode == 'hnsw' else None
     found = [self._by_graph(cur, q, k, condition, values, graph) if graph else
-             self._by_scan(cur, q, k, condition, values) for q in bit_strings(xq)]
+             self._by_scan(cur, q, k, condition, values) for q in map(Code, xq)]
     if graph and found and min(map(len, found)) < k and min(map(len, found)) < (wanted := count()):
         short = [i for i, o in enumerate(found) if len(o) < wanted]
         self._say('count', f"the graph found too few items for {len(short)} of {len(found)} queries")
-        for i in short: found[i] = self._by_scan(cur, bit_strings(xq[i:i+1])[0], k, condition, values)
+        for i in short: found[i] = self._by_scan(cur, Code(xq[i]), k, condition, values)
     width = len(found[0]) if found else count()
     pairs = np.array(found, dtype=np.int64).reshape(len(found), width, 2)
     return pairs[..., 1].astype(np.int32), pairs[..., 0]
 
 @patch
 def _by_scan(self:PostgresIndex, cur, q, k, condition, values):
-    return cur.execute(self.at.sql("SELECT id, bit_count(code # %s::bit({n})) AS d FROM {t} WHERE "
+    return cur.execute(self.at.sql("SELECT id, bit_count(code # %s) AS d FROM {t} WHERE "
                                    f"{condition} ORDER BY d, position LIMIT %s"), [q, *values, k]).fetchall()
 
 # %% ../../nbs/46e_remote.postgres.ipynb #7420ddb8
 @patch
-def range_search(self:PostgresIndex,
-    xq:np.ndarray, # packed queries, uint8 (Q,n_bits/8)
-    radius:float, # largest distance that counts, in bits
-    where:Any=None, # as `search` takes it
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # lims int64 (Q+1,), dists int32 (R,), ids int64 (R,)
-    "All items within `radius` of every query, nearest first; exact in both modes."
-    xq = self._check(xq, 'queries')
-    if not np.isscalar(radius) or not np.isfinite(radius) or radius < 0:
-        raise InputError("this is no radius", found=repr(radius), wanted="a distance from 0")
-    def work(cur):
-        condition, values = self._chosen(cur, where)
-        query = self.at.sql("SELECT id, d FROM (SELECT id, position, bit_count(code # %s::bit({n})) AS d "
-                            f"FROM {{t}} WHERE {condition}) o WHERE d <= %s ORDER BY d, position")
-        most = int(min(radius, self.n_bits))
-        return [cur.execute(query, [q, *values, most]).fetchall() for q in bit_strings(xq)]
-    found = self.db.run(work)
+def _within(self:PostgresIndex, xq, radius, where, cur):
+    condition, values = self._chosen(cur, where)
+    query = self.at.sql("SELECT id, d FROM (SELECT id, position, bit_count(code # %s) AS d "
+                        f"FROM {{t}} WHERE {condition}) o WHERE d <= %s ORDER BY d, position")
+    most = int(min(radius, self.n_bits))
+    found = [cur.execute(query, [q, *values, most]).fetchall() for q in map(Code, xq)]
     pairs = np.array([p for o in found for p in o], dtype=np.int64).reshape(-1, 2)
     return np.cumsum([0, *map(len, found)]), pairs[:, 1].astype(np.int32), pairs[:, 0]
 
 # %% ../../nbs/46e_remote.postgres.ipynb #73c3bae3
 @patch
-def remove(self:PostgresIndex,
-    ids:Any, # ids to remove, (n,)
-) -> int: # how many items are gone
-    "Remove items by id; raises `UnknownNameError`, and removes nothing, if one is not there."
-    ids = np.unique(whole_numbers(ids, 'ids to remove'))
-    def work(cur):
-        self.at.read(cur, lock=True)
-        gone = [o for o, in cur.execute(self.at.sql("DELETE FROM {t} WHERE id = ANY(%s) RETURNING id"),
-                                        [ids.tolist()])]
-        missing = np.setdiff1d(ids, gone)
-        if len(missing): raise UnknownNameError(f"{len(missing)} of the ids to remove are not in the index",
-                                                found=missing[:5].tolist())
-        cur.execute(self.at.sql("UPDATE {a} SET n = n - %s"), [len(gone)])
-        return len(gone)
-    return self.db.run(work, write=True)
+def _delete(self:PostgresIndex, ids, cur):
+    self.at.read(cur, lock=True)
+    query = self.at.sql("DELETE FROM {t} WHERE id = ANY(%s) RETURNING id")
+    gone = [o for o, in cur.execute(query, [ids.tolist()])]
+    missing = np.setdiff1d(ids, gone)
+    if len(missing): raise not_in_index(missing)
+    cur.execute(self.at.sql("UPDATE {a} SET n = n - %s"), [len(gone)])
+    return len(gone)
 
 @patch
 def drop(self:PostgresIndex):
@@ -226,7 +240,7 @@ def _graph(self:PostgresIndex, cur):
 # %% ../../nbs/46e_remote.postgres.ipynb #1771251b
 @patch
 def _by_graph(self:PostgresIndex, cur, q, k, condition, values, graph):
-    near = "code OPERATOR({s}.<~>) %s::bit({n})"
+    near = "code OPERATOR({s}.<~>) %s"
     query = self.at.sql(f"SELECT id, d::bigint FROM (SELECT id, position, {near} AS d FROM {{t}} "
                         f"WHERE {condition} ORDER BY {near} LIMIT %s) o ORDER BY d, position", s=graph)
     return cur.execute(query, [q, *values, q, k]).fetchall()
@@ -262,26 +276,14 @@ def finish(self:PostgresIndex):
     if self.mode == 'hnsw': self.make_graph()
     else: self.db.run(lambda cur: cur.execute(self.at.sql("ANALYZE {t}")), write=True)
 
-@ENGINES.register('postgresql')
-@ENGINES.register('postgres')
-def _open_postgres(where, n_bits=None, **options):
-    "A table of a PostgreSQL database."
-    return PostgresIndex(str(where), n_bits=n_bits, **options)
-
 # %% ../../nbs/46e_remote.postgres.ipynb #a8b71971
 @patch
-def save(self:PostgresIndex,
-    path:str|Path, # file to write
-) -> Path: # `path`
-    "Write codes and ids into one file that `HammingIndex.load` reads; metadata stays in the database."
-    def work(cur):
-        query = self.at.sql("SELECT id, code FROM {t} ORDER BY position")
-        return self.at.read(cur)['next_id'], *copy_out(cur, query, self.n_bits)
-    following, ids, codes = self.db.run(work)
+def _joined(self:PostgresIndex):
+    "Codes and ids as one index in memory."
+    following, both = self.db.run(lambda cur: (self.at.read(cur)['next_id'], self._both(cur)))
     index = HammingIndex(self.n_bits)
-    index.add(codes, ids)
-    index._next = following
-    return index.save(path)
+    index.add(both[1], both[0])
+    return index.reserve(following)
 
 @patch(cls_method=True)
 def load(cls:PostgresIndex,

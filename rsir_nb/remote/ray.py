@@ -13,18 +13,18 @@ from typing import Any, Iterable
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import INDEXES, InputError, UnknownNameError, folder_lock
+from ..core import INDEXES, InputError, folder_lock
+from .engines import RemoteIndex
+from .shards import Searchers, Shards
 from ..retrieval.codes import check_codes
-from .engines import ENGINES
 from ..retrieval.hamming import HammingIndex
-from ..retrieval.index import Index, check_k, whole_numbers
-from .shards import Searchers, _read_shards, _write_file, _write_shards
+from ..retrieval.index import check_filter, choose_ids, merge_nearest, merge_ranges, not_in_index
 
 # %% ../../nbs/46b_remote.ray.ipynb #a803ecc1
-@INDEXES.register('ray', exact=True)
-class RayIndex(Index):
+@INDEXES.register('ray', exact=True, schemes=('ray',), marker='shards.json')
+class RayIndex(RemoteIndex):
     "Exact search among packed binary codes over the nodes of a Ray cluster."
-    kind, dist_type = 'hamming', np.int32
+    dist_type = np.int32
 
     def __init__(self,
         folder:str|Path, # holds the shards; every node must reach it by this path
@@ -33,85 +33,89 @@ class RayIndex(Index):
         searchers:int|Searchers|None=None, # how many processes, one a node by default; or another's
         threads:int|None=None, # threads of each; all cores of its node by default
         timeout:float=120, # seconds until a search that cannot be completed is an error
+        weights_hash:str|None=None, # names the weights that make the codes; None takes what is there
     ):
         self.folder, self.pool = Path(folder).absolute(), searchers
         if not isinstance(searchers, Searchers): self.pool = Searchers(address, searchers, threads, timeout)
-        if n_bits is not None and not (self.folder/'shards.json').exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with folder_lock(self.folder): _write_shards(self.folder, HammingIndex(n_bits).n_bits, [], 0, 0)
+        if n_bits is not None: self._make(HammingIndex(n_bits).n_bits, weights_hash)
         self.refresh()
-        if n_bits not in (None, self.n_bits):
-            raise InputError(f"the shards in {self.folder.name} have another code length", found=self.n_bits,
-                             wanted=n_bits)
+        for what, found, wanted in (('code length', self.n_bits, n_bits),
+                                    ('weights', self.shards.weights_hash, weights_hash)):
+            if wanted not in (None, found): raise InputError(f"the shards in {self.folder.name} have another "
+                                                             f"{what}", found=found, wanted=wanted)
 
-    def refresh(self):
-        "Read again what the folder holds, after others wrote to it."
-        self._told = _read_shards(self.folder)
-        self.n_bits, self.shards = self._told['n_bits'], self._told['shards']
-        return self
+    def __len__(self): return self.shards.n_codes
+
+    ids = property(lambda self: self._ids(), doc="The ids in the order of insertion, int64 (N,).")
 
     def _check(self, x, what): return check_codes(x, self.n_bits, what)
 
-    def __len__(self): return sum(o['n'] for o in self.shards)
+    def _search(self, xq, k, where):
+        none = np.empty((len(xq), 0), np.int32), np.empty((len(xq), 0), np.int64)
+        return merge_nearest(self._ask('search', xq, k, where) or [none], k)
 
-    def __repr__(self):
-        return f"RayIndex(n_bits={self.n_bits}) of {len(self):,} codes in {len(self.shards)} shards"
+    def _range_search(self, xq, radius, where):
+        none = np.zeros(len(xq) + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.int64)
+        return merge_ranges(self._ask('within', xq, radius, where) or [none])
+
+    def _add(self, x, ids):
+        with folder_lock(self.folder): return self._append(x, ids)
+
+    def _remove(self, ids):
+        with folder_lock(self.folder): return self._delete(ids)
+
+    def save(self, path): return self.shards.joined().save(path)
+
+    @classmethod
+    def open(cls, address, n_bits=None, weights_hash=None, **options):
+        found = re.fullmatch(r'(?:ray:(?://([^/]+))?)?((?!ray:).+)', address)
+        if not found: raise InputError("this is no address of shards", found=address, wanted="ray:folder")
+        if found[1]: options.setdefault('address', found[1])
+        return cls(found[2], n_bits, weights_hash=weights_hash, **options)
+
+# %% ../../nbs/46b_remote.ray.ipynb #85e375dd
+@patch
+def _make(self:RayIndex, n_bits, weights_hash):
+    "Let the folder hold no codes, unless it has shards already."
+    if (self.folder/'shards.json').exists(): return
+    self.folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(self.folder): Shards(self.folder, n_bits, [], weights_hash=weights_hash).write()
+
+@patch
+def refresh(self:RayIndex) -> RayIndex: # the same
+    "Read again what the folder holds, after others wrote to it."
+    self.shards = Shards.read(self.folder)
+    self.n_bits = self.shards.n_bits
+    return self
+
+@patch
+def close(self:RayIndex):
+    "Stop the searchers; the next search starts others."
+    self.pool.close()
+
+@patch
+def __repr__(self:RayIndex):
+    return f"RayIndex(n_bits={self.n_bits}) of {len(self):,} codes in {len(self.shards.files)} shards"
 
 # %% ../../nbs/46b_remote.ray.ipynb #1be51b79
 @patch
-def _ask(self:RayIndex, what, args, shards=None):
-    "The answers of all shards, or of some, in their order; `args` are what each is asked."
-    files = [str(self.folder/o['file']) for o in (self.shards if shards is None else shards)]
-    return self.pool.ask(what, [(o, *a) for o, a in zip(files, args, strict=True)])
+def _ask(self:RayIndex, what, xq, limit, where):
+    "The answers of all shards, in their order."
+    jobs = zip(self.shards.paths, self._chosen(where), strict=True)
+    return self.pool.ask(what, [(path, xq, limit, part) for path, part in jobs])
 
 @patch
 def _chosen(self:RayIndex, where):
-    "The filter of each shard, and how many items match at most."
-    if where is None: return [None]*len(self.shards)
-    where, n = np.asarray(where), len(self)
-    if where.dtype == bool:
-        if where.shape != (n,): raise InputError("the mask does not fit the index", wanted=f"({n},)",
-                                                 found=f"shape {where.shape}")
-        return np.split(where, np.cumsum([o['n'] for o in self.shards])[:-1]) if self.shards else []
-    chosen = whole_numbers(where, 'ids to choose from')
-    if len(chosen) == n > 2 and chosen.max() <= 1:
-        raise InputError("this filter is a mask of zeros and ones", found=where.dtype, wanted="bool",
-                         remedy="write mask.astype(bool); whole numbers are taken as ids")
-    return [chosen]*len(self.shards)
-
-# %% ../../nbs/46b_remote.ray.ipynb #06702fbf
-@patch
-def search(self:RayIndex,
-    xq:np.ndarray, # packed queries, uint8 (Q,n_bits/8)
-    k:int, # how many results to a query, from 1
-    where:Any=None, # bool mask over the items in insertion order, or the ids to choose from
-) -> tuple[np.ndarray, np.ndarray]: # dists int32 (Q,k') rising, ids int64 (Q,k'), k' = min(k, matching)
-    "The nearest items of every query, the earlier inserted first where distances are equal."
-    xq, k = self._check(xq, 'queries'), check_k(k)
-    found = self._ask('search', [(xq, k, o) for o in self._chosen(where)])
-    if not found: return np.empty((len(xq), 0), np.int32), np.empty((len(xq), 0), np.int64)
-    dists, ids = (np.concatenate(o, axis=1) for o in zip(*found, strict=True))
-    order = np.argsort(dists, axis=1, kind='stable')[:, :k]
-    return np.take_along_axis(dists, order, 1), np.take_along_axis(ids, order, 1)
+    "The filter of each shard."
+    if where is None: return [None]*len(self.shards.files)
+    where = check_filter(where, len(self))
+    if where.dtype != bool: return [where]*len(self.shards.files)
+    return np.split(where, np.cumsum([o['n'] for o in self.shards.files])[:-1]) if self.shards.files else []
 
 @patch
-def range_search(self:RayIndex,
-    xq:np.ndarray, # packed queries, uint8 (Q,n_bits/8)
-    radius:float, # largest distance that counts, in bits
-    where:Any=None, # bool mask over the items in insertion order, or the ids to choose from
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # lims int64 (Q+1,), dists int32 (R,), ids int64 (R,)
-    "All items within `radius` of every query, nearest first."
-    xq = self._check(xq, 'queries')
-    if not np.isscalar(radius) or not np.isfinite(radius) or radius < 0:
-        raise InputError("this is no radius", found=repr(radius), wanted="a distance from 0")
-    found = self._ask('within', [(xq, radius, o) for o in self._chosen(where)])
-    query = [np.repeat(np.arange(len(xq)), np.diff(o[0])) for o in found]
-    query = np.concatenate([np.empty(0, np.int64), *query])
-    dists = np.concatenate([np.empty(0, np.int32), *(o[1] for o in found)])
-    ids = np.concatenate([np.empty(0, np.int64), *(o[2] for o in found)])
-    order = np.lexsort((dists, query))
-    lims = np.cumsum([0, *np.bincount(query, minlength=len(xq))])
-    return lims.astype(np.int64), dists[order], ids[order]
+def _ids(self:RayIndex):
+    found = self.pool.ask('ids', [(o,) for o in self.shards.paths])
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 # %% ../../nbs/46b_remote.ray.ipynb #f57be874
 @patch(cls_method=True)
@@ -132,100 +136,50 @@ def build(cls:RayIndex,
     if isinstance(codes, np.ndarray):
         if not isinstance(shards, int) or shards < 1: raise InputError("no number of shards", found=shards)
         codes = np.array_split(codes, max(1, min(shards, len(codes))))
-    told, at, n_bits = [], 0, None
+    shards, files, at = None, [], 0
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
-        for number, block in enumerate(codes):
-            n_bits = check_codes(block, n_bits).shape[1]*8
+        for block in codes:
+            n_bits = check_codes(block, shards and shards.n_bits).shape[1]*8
+            shards = shards or Shards(folder.absolute(), n_bits, [])
             mine = np.arange(at, at + len(block)) if ids is None else np.asarray(ids)[at:at + len(block)]
-            told.append(_write_file(folder, number, n_bits, block, mine))
+            files.append(shards.write_file(block, mine))
             at += len(block)
-        if not told: raise InputError("there are no codes to build an index of", found="no block")
+        if shards is None: raise InputError("there are no codes to build an index of", found="no block")
         if ids is not None and not len(np.unique(ids)) == len(ids) == at:
             raise InputError("ids are given twice, or are too few or too many", found=f"{len(ids)} ids")
-        following = at if ids is None else int(np.max(ids, initial=-1)) + 1
-        _write_shards(folder, n_bits, told, following, len(told))
+        shards.next_id = at if ids is None else int(np.max(ids, initial=-1)) + 1
+        shards.replace(files)
     return cls(folder, **options)
 
 # %% ../../nbs/46b_remote.ray.ipynb #d4bb3bc6
+SMALL = 100_000 # codes of a file that is written again when some are added
+
 @patch
-def add(self:RayIndex,
-    x:np.ndarray, # packed codes, uint8 (n,n_bits/8)
-    ids:Any=None, # whole numbers from 0, (n,); by default they go on from the largest so far, or 0
-) -> np.ndarray: # int64 (n,), the ids
-    "Append codes; nothing is added if one of them cannot be."
-    x = self._check(x, 'rows to add')
-    with folder_lock(self.folder):
-        self.refresh()
-        self._next = self._told['next_id']
-        new = np.array(self._new_ids(ids, len(x)))
-        if not len(new): return new
-        files, last, old = list(self.shards), x, new
-        if files and files[-1]['n'] < SMALL:
-            tail = HammingIndex.load(self.folder/files.pop()['file'])
-            last, old = np.concatenate([tail.codes, x]), np.concatenate([tail.ids, new])
-        files.append(_write_file(self.folder, self._told['next_file'], self.n_bits, last, old))
-        self._replace(files, max(self._next, int(new.max()) + 1), 1)
+def _append(self:RayIndex, x, ids):
+    shards, ask = self.refresh().shards, self.pool.ask
+    held = lambda some: np.concatenate([some[:0], *ask('held', [(o, some) for o in shards.paths])])
+    new = choose_ids(ids, len(x), shards.next_id, held)
+    if not len(new): return new
+    files, last, old = list(shards.files), x, new
+    if files and files[-1]['n'] < SMALL:
+        tail = HammingIndex.load(self.folder/files.pop()['file'])
+        last, old = np.concatenate([tail.codes, x]), np.concatenate([tail.ids, new])
+    files.append(shards.write_file(last, old))
+    shards.next_id = max(shards.next_id, int(new.max()) + 1)
+    shards.replace(files)
     return new
 
 @patch
-def remove(self:RayIndex,
-    ids:Any, # ids to remove, (n,)
-) -> int: # how many items are gone
-    "Remove items by id; raises `UnknownNameError`, and removes nothing, if one is not there."
-    ids = np.unique(whole_numbers(ids, 'ids to remove'))
-    with folder_lock(self.folder):
-        self.refresh()
-        held = self._ask('held', [(ids,)]*len(self.shards))
-        missing = np.setdiff1d(ids, np.concatenate([ids[:0], *held]))
-        if len(missing): raise UnknownNameError(f"{len(missing)} of the ids to remove are not in the index",
-                                                found=missing[:5].tolist())
-        at = [i for i, o in enumerate(held) if len(o)]
-        names = [f"{self._told['next_file'] + j:06d}.index" for j in range(len(at))]
-        left = [self._ask('without', [(held[i], str(self.folder/o))], [self.shards[i]])[0]
-                for i, o in zip(at, names, strict=True)]
-        new = dict(zip(at, (dict(file=o, n=n) for o, n in zip(names, left, strict=True)), strict=True))
-        files = [new.get(i, o) for i, o in enumerate(self.shards)]
-        self._replace([o for o in files if o['n']], self._told['next_id'], len(at))
+def _delete(self:RayIndex, ids):
+    shards, ask = self.refresh().shards, self.pool.ask
+    held = ask('held', [(path, ids) for path in shards.paths])
+    missing = np.setdiff1d(ids, np.concatenate([ids[:0], *held]))
+    if len(missing): raise not_in_index(missing)
+    files = list(shards.files)
+    for i in (i for i, o in enumerate(held) if len(o)):
+        path = shards.new_path()
+        left, = ask('without', [(shards.paths[i], held[i], str(path))])
+        files[i] = dict(file=path.name, n=left)
+    shards.replace([o for o in files if o['n']])
     return len(ids)
-
-SMALL = 100_000
-
-# %% ../../nbs/46b_remote.ray.ipynb #23468c83
-@patch
-def _replace(self:RayIndex, files, following, made):
-    "Let `files` be the index, then delete those that it no longer names."
-    before = {o['file'] for o in self.shards}
-    _write_shards(self.folder, self.n_bits, files, following, self._told['next_file'] + made)
-    self.refresh()
-    for name in before - {o['file'] for o in self.shards}: (self.folder/name).unlink(missing_ok=True)
-
-@patch(as_prop=True)
-def ids(self:RayIndex) -> np.ndarray: # int64 (N,)
-    "The ids in the order of insertion."
-    return np.concatenate([np.empty(0, np.int64), *self._ask('ids', [()]*len(self.shards))])
-
-@patch
-def close(self:RayIndex):
-    "Stop the searchers; the next search starts others."
-    self.pool.close()
-
-@patch
-def save(self:RayIndex,
-    path:str|Path, # file to write
-) -> Path: # `path`
-    "Write all shards into one file that `HammingIndex.load` reads."
-    index = HammingIndex(self.n_bits)
-    for o in self.shards:
-        part = HammingIndex.load(self.folder/o['file'])
-        index.add(part.codes, np.array(part.ids))
-    index._next = self._told['next_id']
-    return index.save(path)
-
-@ENGINES.register('ray')
-def _open_ray(where, n_bits=None, **options):
-    "Shards on a folder, searched by a Ray cluster."
-    found = re.fullmatch(r'ray:(?://([^/]+))?(.+)', str(where))
-    if not found: raise InputError("this is no address of shards", found=where, wanted="ray:folder")
-    if found[1]: options.setdefault('address', found[1])
-    return RayIndex(found[2], n_bits, **options)

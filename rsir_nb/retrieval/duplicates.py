@@ -15,11 +15,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core import InputError
-from .buckets import PROBE_NS, BucketTables, count_buckets, table_bytes
+from .blocks import BLOCK
+from .buckets import PROBE_NS, BucketTables
 from .codes import check_codes
 from .hamming import HammingIndex
-from .blocks import BLOCK
 from .multi import scan_price
+from .substrings import count_buckets, table_bytes
 
 # %% ../../nbs/41c_retrieval.duplicates.ipynb #7c664846
 class DuplicatePairs(NamedTuple):
@@ -79,20 +80,13 @@ def _spread(copies, pairs, room):
         yield DuplicatePairs(np.minimum(a, b), np.maximum(a, b), dists[k])
 
 # %% ../../nbs/41c_retrieval.duplicates.ipynb #e3bbc63b
-def _after(index, block):
-    "The part of an index from a block on, without copying it."
-    part = HammingIndex(index.n_bits, index.threads)
-    part._blocks, part._ids = index._blocks[block:], index._ids[block*BLOCK:]
-    part._n = len(index) - block*BLOCK
-    return part
-
 def _compared(index, codes, rows, radius, room):
     "Near pairs of some rows, rising, with all that come after them, by comparing."
     lo, step = 0, max(1, min(64, room//max(1, len(index))))
     while lo < len(rows):
         own, block = rows[lo:lo + step], int(rows[lo])//BLOCK
-        query, dists, at = _after(index, block)._within(codes[own], radius, None)
-        at, lo = at + block*BLOCK, lo + step
+        query, dists, at = index.scan_within(codes[own], radius, block)
+        lo += step
         if 4*len(at) < room: step = min(2*step, 256)
         elif 2*len(at) > room: step = max(1, step//2)
         later = at > own[query]

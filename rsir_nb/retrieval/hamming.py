@@ -16,7 +16,8 @@ from ..core import INDEXES, InputError, lazy_import, unknown_name
 from .blocks import (BLOCK, count_threads, get_words, plain_nearest, plain_within, put_words,
                                       run_tasks, share_out, to_words)
 from .codes import check_codes
-from .index import Index, as_positions, grown, merge_nearest
+from .index import merge_nearest
+from .local import LocalIndex, as_positions, grown
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #e56ab2cd
 kernels = lazy_import('rsir_nb.retrieval.kernels')
@@ -26,17 +27,10 @@ SCANS = 'auto', 'compiled', 'numpy'
 _COMPILE_S = 2.5 # seconds that compiling a scan takes
 _spent = {} # words of a code -> seconds that the plain scans of this process have taken, as estimated
 
-def _compiles(index, n_queries):
-    "Whether an index uses the compiled scan for its next search."
-    if index.scan != 'auto': return index.scan == 'compiled'
-    n_words = index._blocks.shape[1]
-    seconds = n_queries*(1e-4 + len(index)*(4 + 2*n_words)/1e9)
-    _spent[n_words] = _spent.get(n_words, 0) + seconds
-    return _spent[n_words] > _COMPILE_S
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #f9535b21
 @INDEXES.register('hamming', exact=True)
-class HammingIndex(Index):
+class HammingIndex(LocalIndex):
     "Exact search among packed binary codes by Hamming distance."
     kind, dist_type = 'hamming', np.int32
 
@@ -65,11 +59,31 @@ class HammingIndex(Index):
         self._blocks = np.zeros((-(-len(words)//BLOCK), *self._blocks.shape[1:]), dtype=np.uint64)
         put_words(self._blocks, 0, words)
 
+    def _nearest(self, xq, k, rows):
+        xq = to_words(xq)
+        if self._compiles(len(xq)): return self._scanned(xq, k, rows)
+        return plain_nearest(self._blocks, self._n, xq, k, None if rows is None else as_positions(rows))
+
+    def _within(self, xq, radius, rows):
+        xq, radius = to_words(xq), int(min(radius, self.n_bits))
+        if self._compiles(len(xq)): return self._scanned_within(xq, radius, rows)
+        return plain_within(self._blocks, self._n, xq, radius, None if rows is None else as_positions(rows))
+
     def _state(self): return dict(n_bits=self.n_bits), dict(blocks=self._blocks[:-(-self._n//BLOCK)])
 
     def _restore(self, meta, arrays): self._blocks = arrays['blocks']
 
     def __repr__(self): return f"HammingIndex(n_bits={self.n_bits}) of {len(self):,} codes"
+
+# %% ../../nbs/41_retrieval.hamming.ipynb #b34bd127
+@patch
+def _compiles(self:HammingIndex, n_queries):
+    "Whether to use the compiled scan for the next search."
+    if self.scan != 'auto': return self.scan == 'compiled'
+    n_words = self._blocks.shape[1]
+    seconds = n_queries*(1e-4 + len(self)*(4 + 2*n_words)/1e9)
+    _spent[n_words] = _spent.get(n_words, 0) + seconds
+    return _spent[n_words] > _COMPILE_S
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #5b2f891e
 @patch
@@ -92,11 +106,9 @@ def _source(self:HammingIndex, rows):
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #bcf91d71
 @patch
-def _nearest(self:HammingIndex, xq, k, rows):
-    xq, threads = to_words(xq), count_threads(self.threads)
-    if not _compiles(self, len(xq)):
-        return plain_nearest(self._blocks, self._n, xq, k, None if rows is None else as_positions(rows))
+def _scanned(self:HammingIndex, xq, k, rows):
     words, n, allowed, origin = self._source(rows)
+    threads = count_threads(self.threads)
     scan = kernels.make_scan(self._blocks.shape[1])
     groups, pieces = share_out(len(xq), n, threads, (1 << 22)//(2*k + 64))
     def part(group, piece):
@@ -122,15 +134,12 @@ def _nearest(self:HammingIndex, xq, k, rows):
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #cd7df9ae
 @patch
-def _within(self:HammingIndex, xq, radius, rows):
-    xq, threads = to_words(xq), count_threads(self.threads)
-    if not _compiles(self, len(xq)):
-        positions = None if rows is None else as_positions(rows)
-        return plain_within(self._blocks, self._n, xq, int(min(radius, self.n_bits)), positions)
+def _scanned_within(self:HammingIndex, xq, radius, rows):
+    threads = count_threads(self.threads)
     words, n, allowed, origin = self._source(rows)
     within = kernels.make_within(self._blocks.shape[1])
     groups, pieces = share_out(len(xq), n, threads, 64)
-    bound = min(int(radius), self.n_bits) + 1
+    bound = radius + 1
     def part(group, piece):
         args = words, *piece, xq[slice(*group)], bound, allowed
         room = within(*args, *(np.empty(0, dtype) for dtype in (np.int64, np.int32, np.int64)))
@@ -140,6 +149,24 @@ def _within(self:HammingIndex, xq, radius, rows):
     found = run_tasks([partial(part, g, p) for g in groups for p in pieces], threads)
     query, dists, at = (np.concatenate(x) for x in zip(*found, strict=True))
     return query, dists, at if origin is None else origin[at]
+
+# %% ../../nbs/41_retrieval.hamming.ipynb #cb271a53
+@patch(as_prop=True)
+def blocks(self:HammingIndex) -> np.ndarray: # uint64 (blocks, words, BLOCK), unused behind the last code
+    "The codes as they are held."
+    return self._blocks
+
+@patch
+def scan_within(self:HammingIndex,
+    xq:np.ndarray, # packed queries, uint8 (Q,n_bits/8)
+    radius:int, # bits
+    first:int=0, # block to begin with
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # query, distance and position of each result, (R,), unsorted
+    "Everything within a radius of the queries, from a block on."
+    rest = HammingIndex(self.n_bits, self.threads, self.scan)
+    rest._blocks, rest._n = self._blocks[first:], max(0, self._n - first*BLOCK)
+    query, dists, at = rest._within(xq, radius, None)
+    return query, dists, at + first*BLOCK
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #a0ade646
 @patch(as_prop=True)

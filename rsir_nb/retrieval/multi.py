@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import INDEXES, CorruptError, InputError, make_rng
-from .buckets import (BUILD_NS, PROBE_NS, BucketTables, _cuts, count_buckets,
-                                       table_bytes)
-from .hamming import HammingIndex
+from ..core import INDEXES, InputError, make_rng
 from .blocks import BLOCK, count_threads
+from .buckets import BUILD_NS, PROBE_NS, BucketTables
+from .hamming import HammingIndex
+from .substrings import count_buckets, table_bytes
 
 # %% ../../nbs/41b_retrieval.multi.ipynb #7f6cb870
 @INDEXES.register('multi', exact=True, paper='Norouzi, Punjani, Fleet: arXiv:1307.2982')
@@ -51,23 +51,9 @@ class MultiIndex(HammingIndex):
 
     def _restore(self, meta, arrays):
         super()._restore(meta, arrays)
-        if 'places' in arrays: self._buckets = _restored(arrays, self)
+        if 'places' in arrays: self._buckets = BucketTables.from_arrays(self, arrays)
 
     def __repr__(self): return f"MultiIndex(n_bits={self.n_bits}) of {len(self):,} codes"
-
-# %% ../../nbs/41b_retrieval.multi.ipynb #8a3d0208
-def _restored(arrays, index):
-    "The tables of a file, or a `CorruptError` if they cannot be of this index."
-    cuts, base, starts, places = (arrays[name] for name in ('cuts', 'base', 'starts', 'places'))
-    covered = places.shape[-1]
-    wanted = _cuts(index.n_bits, covered)
-    if (covered > len(index) or not np.array_equal(cuts, wanted) or len(places) != len(wanted) - 1
-        or not np.array_equal(base, np.concatenate([[0], np.cumsum(2**np.diff(wanted) + 1)]))
-        or len(starts) != base[-1] or starts[base[1:] - 1].tolist() != [covered]*len(places)):
-        raise CorruptError("the tables do not fit the codes of the index",
-                           found=f"tables of {covered:,} codes", wanted=f"{len(index):,} codes",
-                           remedy="build the index again from its codes")
-    return BucketTables.__new__(BucketTables)._set(cuts, base, starts, places)
 
 # %% ../../nbs/41b_retrieval.multi.ipynb #90ef85ba
 @lru_cache
@@ -148,7 +134,7 @@ def _within(self:MultiIndex, xq, radius, rows):
     radius = int(min(radius, self.n_bits))
     query, dists, at, left = self._ask(xq, radius, 0, rows, radius)
     if not len(left): return query, dists, at
-    query2, dists2, at2 = HammingIndex._within(self, xq[left], radius, rows)
+    query2, dists2, at2 = super(MultiIndex, self)._within(xq[left], radius, rows)
     return np.concatenate([query, left[query2]]), np.concatenate([dists, dists2]), np.concatenate([at, at2])
 
 @patch
@@ -159,6 +145,6 @@ def _nearest(self:MultiIndex, xq, k, rows):
     answered[left] = False
     dists, at = np.empty((len(xq), k), dtype=np.int32), np.empty((len(xq), k), dtype=np.int64)
     dists[answered], at[answered] = found[1].reshape(-1, k), found[2].reshape(-1, k)
-    if len(left): dists[left], at[left] = HammingIndex._nearest(self, xq[left], k, rows)
+    if len(left): dists[left], at[left] = super(MultiIndex, self)._nearest(xq[left], k, rows)
     self._reach[rank] = int(np.median(dists[:, -1]))
     return dists, at

@@ -9,14 +9,14 @@ import numpy as np
 
 from ..core import INDEXES, InputError
 from .distances import make_distance
-from .index import Index, as_positions, grown
+from .local import LocalIndex, as_positions, grown
 
 # %% auto #0
 __all__ = ['VectorIndex']
 
 # %% ../../nbs/42_retrieval.vectors.ipynb #0d36b5ce
 @INDEXES.register('vectors', exact=True)
-class VectorIndex(Index):
+class VectorIndex(LocalIndex):
     "Exact search among real-valued vectors by a distance."
     kind, dist_type = 'vectors', np.float32
 
