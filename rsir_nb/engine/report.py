@@ -31,6 +31,7 @@ from .parts import build_archive
 from ..html import Card, html_gallery, html_page, html_table
 from ..metrics.labels import pair_overlap
 from ..metrics.scores import get_metric
+from ..rundir import best_epoch
 
 # %% ../../nbs/76_engine.report.ipynb #3caf7949
 def _answer(evaluation, store):
