@@ -107,7 +107,8 @@ class TableFilter:
         return dates
 
 # %% ../../nbs/71b_engine.filters.ipynb #2cabea70
-def _chosen(self, where):
+@patch
+def _chosen(self:TableFilter, where):
     "The rows of a mask, ids, row numbers or a condition."
     if isinstance(where, str): return rows_matching(self.table, where)
     where, n = np.asarray(where), len(self.table)
@@ -125,7 +126,8 @@ def _chosen(self, where):
         if o not in self.rows: raise unknown_name('patch', o, self.rows)
     return np.unique([self.rows[o] for o in where.tolist()]).astype(np.int64)
 
-def _dated(self, dates):
+@patch
+def _dated(self:TableFilter, dates):
     "The rows within a span of time."
     first, last = _span(dates)
     good = self.dates.notna()
@@ -144,10 +146,10 @@ def __call__(self:TableFilter,
     "The rows that all of the filters let through."
     if label is not None and label not in self.labels:
         raise unknown_name('label in this archive', label, self.labels)
-    found = [] if where is None else [_chosen(self, where)]
+    found = [] if where is None else [self._chosen(where)]
     if label is not None: found.append(self.labels[label])
     if box is not None: found.append(_rows_in(self.bounds, box))
-    if dates is not None and tuple(dates) != (None, None): found.append(_dated(self, dates))
+    if dates is not None and tuple(dates) != (None, None): found.append(self._dated(dates))
     return reduce(np.intersect1d, found) if found else None
 
 # %% ../../nbs/71b_engine.filters.ipynb #61e2fd71

@@ -10,6 +10,7 @@ __all__ = ['NUMBERED', 'hit_footprints', 'corners', 'cut_of', 'side_by_side', 'b
 from typing import Callable, Sequence
 
 import numpy as np
+from fastcore.basics import patch
 from matplotlib.axes import Axes
 
 from ..charts import html_figure, new_axes, tell
@@ -229,7 +230,8 @@ def map_html(
     except InputError as e: return f'<p>{e}</p>'
 
 # %% ../../nbs/80d_gallery.map.ipynb #83f44b52
-def _show(self,
+@patch
+def show(self:HitMap,
     ranking:Ranking, # an answer
 ):
     "Draw the query and its hits, and go there."
@@ -257,7 +259,7 @@ def _show(self,
     missing = len(ranking) - sum(o['properties']['rank'] > 0 for o in features)
     self.words.value = _BARE + (f"{missing} of {len(ranking)} hits have no known place" if missing else '')
 
-HitMap.show = _show
+
 
 _BARE = '<style>.leaflet-div-icon{background:none;border:0}</style>' # pins bring their own look
 
