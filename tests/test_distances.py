@@ -2,9 +2,15 @@
 import faiss
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rsir_nb.core import InputError, UnknownNameError
+from rsir_nb.core import METHODS, InputError, UnknownNameError
+from rsir_nb.data.base import TensorArchive
+from rsir_nb.engine.encode import encode
+from rsir_nb.engine.evaluate import evaluate_store
+from rsir_nb.engine.search import Searcher
+from rsir_nb.methods.base import Method
 from rsir_nb.retrieval.distances import DISTANCES, Distance, ProposedDistance, make_distance
 from rsir_nb.retrieval.vectors import VectorIndex
 from scipy.spatial.distance import cdist
@@ -160,3 +166,64 @@ def test_a_radius_by_the_inner_product_may_be_negative():
     lims, dists, ids = ix.range_search([[2, 2], [-1, 0]], -5)
     assert (lims.tolist(), dists.tolist(), ids.tolist()) == ([0, 2, 2], [-24, -6], [1, 0])
     with pytest.raises(InputError, match="no radius"): VectorIndex(2).range_search([[2, 2]], -0.1)
+
+
+# A method says how its embeddings are compared; everything that compares them asks the store.
+
+@METHODS.register("counts_for_tests")
+class Counts(Method):
+    "The means of four parts of an image: small counts matter most."
+    needs_training, least_batch, distance = False, 1, "chi2"
+
+    def __init__(self, sensors, img_size=8, norm=None, **kwargs):
+        super().__init__(sensors, img_size=img_size, norm=norm, **kwargs)
+        self.embed_dim = 4*next(iter(self.sensors.values())).in_chans
+
+    def encode(self, x, modality): return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+def scenes(n=60):
+    "Images whose kinds differ in one corner of one band, beside another band that says nothing."
+    rng, kind = np.random.default_rng(8), np.arange(n) % 3
+    x = rng.uniform(0.1, 0.3, (n, 3, 8, 8))
+    x[:, 0, :4, :4] += 3*kind[:, None, None]
+    x[:, 2] += rng.uniform(0, 60, n)[:, None, None]
+    return TensorArchive({"rgb": x.astype(np.float32)}, labels=[["abc"[k]] for k in kind])
+
+
+def test_query_and_evaluation_compare_as_the_method_says(tmp_path):
+    archive = scenes()
+    method = Counts(archive.sensors)
+    store = encode(method, archive, tmp_path/"chi", progress=False)
+    assert store.distance == "chi2" and store.provenance["distance"] == "chi2"
+    z = np.asarray(store.embeddings["rgb"], np.float64)
+    d = truth("chi2", z, z)
+    hits = Searcher(method, store, {}).query("7", k=20)
+    wanted = [i for i in np.argsort(d[7], kind="stable") if i != 7][:20]
+    assert hits.ids == [str(i) for i in wanted] and hits.provenance()["distance"] == "chi2"
+    np.testing.assert_allclose(hits.dists, d[7, wanted], rtol=1e-5)
+    np.fill_diagonal(d, np.inf)
+    rel = (np.arange(60)[:, None] - np.argsort(d, axis=1, kind="stable")) % 3 == 0
+    found = evaluate_store(store, "leave_one_out", drawings=10)
+    precision = found.table[(found.table.metric == "precision") & (found.table.k == 8)]["value"].item()
+    assert precision == pytest.approx(rel[:, :8].mean()) and found.about["distance"] == "chi2"
+    Counts.distance = "cosine"
+    try: plain = encode(method, archive, tmp_path/"cosine", progress=False)
+    finally: Counts.distance = "chi2"
+    assert plain.distance == "cosine" and plain.weights_hash == store.weights_hash
+    other = evaluate_store(plain, "leave_one_out", drawings=10)
+    assert other.table[(other.table.metric == "precision") & (other.table.k == 8)]["value"].item() != precision
+
+
+def test_a_distance_that_is_not_known_stops_encoding_before_it_begins(tmp_path, monkeypatch):
+    archive = scenes(6)
+    monkeypatch.setattr(Counts, "distance", "chi_square")
+    with pytest.raises(UnknownNameError, match="distance"): encode(Counts(archive.sensors), archive, tmp_path/"x", progress=False)
+    assert not (tmp_path/"x").exists() and not (tmp_path/"x.part").exists()
+
+
+def test_negative_features_are_refused_where_they_are_compared(tmp_path, monkeypatch):
+    archive, call = scenes(12), Counts.encode
+    monkeypatch.setattr(Counts, "encode", lambda self, x, modality: call(self, x, modality) - 1)
+    store = encode(Counts(archive.sensors), archive, tmp_path/"x", progress=False)
+    with pytest.raises(InputError, match="negative values"): evaluate_store(store, "leave_one_out")

@@ -36,8 +36,10 @@ def test_help_lists_and_mistypings_load_nothing_heavy(args):
     assert loaded_by(f"from rsir_nb.cli import main; main({args!r})") == set()
 
 
-def test_batches_need_no_lightning():
-    assert loaded_by("import rsir_nb.data.batches") & {"pytorch_lightning", "lightning_fabric", "torchmetrics", "timm"} == set()
+def test_only_the_data_module_needs_lightning():
+    pages = sorted(o for o in core.package_sources() if o.startswith(("rsir_nb.data.", "rsir_nb.simulate.")) and o != "rsir_nb.data.module")
+    imports = "; ".join(f"import {o}" for o in [*pages, "rsir_nb.methods.base"])
+    assert len(pages) > 25 and loaded_by(imports) & {"pytorch_lightning", "lightning_fabric", "torchmetrics", "timm"} == set()
 
 
 def test_the_number_of_modules_behind_the_help_is_small():

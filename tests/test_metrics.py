@@ -395,3 +395,29 @@ def test_single_depths_and_lists_agree():
               lambda ks: union_scores(*union_counts(query, archive, ids), query.sum(1), 9, ks)["accuracy"]):
         assert f(None).shape == (17,)
         np.testing.assert_array_equal(f(None), f([60])[:, 0])
+
+
+# Predicted classes.
+
+def test_scores_of_a_classifier_against_torchmetrics(monkeypatch):
+    from torchmetrics.functional import classification as tm
+    from rsir_nb.metrics import classification as page
+    rng = np.random.default_rng(0)
+    y, p = (rng.random((80, 7)) < 0.3).astype(int), rng.random((80, 7)).astype(np.float32)
+    found = page.classification_scores(y, p >= 0.5) | page.class_ranking_scores(y, p)
+    target, preds = torch.from_numpy(y), torch.from_numpy(p)
+    for average in "macro", "micro":
+        for ours, theirs in dict(precision=tm.multilabel_precision, recall=tm.multilabel_recall, f1=tm.multilabel_f1_score).items():
+            assert found[f"{ours}.{average}"] == pytest.approx(float(theirs(preds, target, 7, average=average)), rel=1e-5)
+        assert found[f"f2.{average}"] == pytest.approx(float(tm.multilabel_fbeta_score(preds, target, 2., 7, average=average)), rel=1e-5)
+    assert found["hamming_loss"] == pytest.approx(float(tm.multilabel_hamming_distance(preds, target, 7)), rel=1e-5)
+    assert found["subset_accuracy"] == pytest.approx(float(tm.multilabel_exact_match(preds, target, 7)), rel=1e-5)
+    assert found["coverage_error"] == pytest.approx(float(tm.multilabel_coverage_error(preds, target, 7)), rel=1e-5)
+    assert found["ranking_loss"] == pytest.approx(float(tm.multilabel_ranking_loss(preds, target, 7)), rel=1e-5)
+    assert found["label_ranking_average_precision"] == pytest.approx(
+        float(tm.multilabel_ranking_average_precision(preds, target, 7)), rel=1e-5)
+    with pytest.raises(InputError, match="zeros and ones"): page.classification_scores(y*2, y)
+    with pytest.raises(InputError, match="do not fit"): page.class_ranking_scores(y, p[:, :3])
+    def missing(name): raise ModuleNotFoundError(name)
+    monkeypatch.setattr(page.importlib, "import_module", missing)
+    with pytest.raises(InputError, match=r"rsir_nb\[metric\]"): page.classification_scores(y, y)

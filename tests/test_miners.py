@@ -10,7 +10,7 @@ from torch import nn
 from rsir_nb.core import LOSSES, InputError, UnknownNameError
 from rsir_nb.losses.miners import (AllPairs, DistanceWeighted, IntraRandom, MultiLabelSemiHard, SemiHard, ShuffledLabels,
                                    distance_probabilities, draw_per_row, graded_triplets, semi_hard_candidates)
-from rsir_nb.losses.pairs import (MINERS, as_vectors, check_batch, shared_labels, make_loss, make_miner, pair_counts,
+from rsir_nb.losses.pairs import (MINERS, as_vectors, check_batch, shared_counts, make_loss, make_miner, pair_counts,
                                   relations, to_pairs, to_triplets, vector_distances)
 
 NAMES = ["all_pairs", "semi_hard", "distance_weighted", "multi_label_semi_hard", "intra_random", "shuffled_labels"]
@@ -34,7 +34,7 @@ def test_forms_are_those_of_the_library(labels):
 
 def test_class_numbers_are_one_hot_labels():
     y, hot = classes(), nn.functional.one_hot(classes())
-    assert torch.equal(shared_labels(y), shared_labels(hot))
+    assert torch.equal(shared_counts(y), shared_counts(hot))
     assert all(torch.equal(a, b) for a, b in zip(relations(y), relations(hot), strict=True))
 
 
@@ -118,7 +118,7 @@ def test_miners_give_positives_and_negatives(name, labels):
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same numbers, the same triplets"
     assert all(o.dtype == torch.int64 and not o.requires_grad for o in found)
     assert all(0 <= o.min() and o.max() < len(z) for o in found if len(o))
-    overlap = shared_labels(labels)
+    overlap = shared_counts(labels)
     a1, p, a2, n = to_pairs(found, labels)
     if name == "intra_random": assert (overlap[a1, p] > 0).all() and (overlap[a2, n] > 0).all()
     elif name == "multi_label_semi_hard": assert (overlap[a2, n] < overlap[a1, p]).all()
@@ -227,7 +227,7 @@ def test_graded_triplets_by_loops(n, c, p, per_positive, per_anchor):
 
     triplets, fine = graded_triplets(z, y, choose, per_positive, per_anchor)
     assert list(zip(*(o.tolist() for o in triplets), strict=True)) == graded_by_loops(z, y, draws, per_positive, per_anchor)
-    overlap = shared_labels(y)
+    overlap = shared_counts(y)
     assert torch.equal(fine, overlap[triplets[0], triplets[2]] > 0)
 
 
@@ -237,7 +237,7 @@ def test_coarse_negatives_are_drawn_from_all_that_are_nearer():
     graded_triplets(z, y, lambda n: bounds.update(n=n) or torch.zeros(len(n), 3, dtype=torch.long))
     for seed in range(300):
         for a, p, n in zip(*MultiLabelSemiHard()(z, y, rng(seed)), strict=True):
-            if shared_labels(y)[a, n] == 0: seen.setdefault((int(a), int(p)), set()).add(int(n))
+            if shared_counts(y)[a, n] == 0: seen.setdefault((int(a), int(p)), set()).add(int(n))
     assert sorted(len(o) for o in seen.values()) == sorted(o for o in bounds["n"].tolist() if o)
 
 

@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -47,7 +48,7 @@ def test_blocks_change_nothing(store, kind, protocol, monkeypatch):
     for d in directions(store, protocol):
         whole = score_direction(system, d, (5,), 60)
         with monkeypatch.context() as m:
-            m.setattr("rsir_nb.engine.protocols._block", lambda depth, memory_mb: 7)
+            m.setattr("rsir_nb.engine.scoring._block", lambda depth, memory_mb: 7)
             blocks = score_direction(system, d, (5,), 60)
         assert whole.ks == blocks.ks and set(whole.scores) == set(blocks.scores)
         for name, x in whole.scores.items(): np.testing.assert_array_equal(x, blocks.scores[name])
@@ -168,3 +169,30 @@ def test_memory_is_bounded_by_the_setting(tmp_path):
     bounded, unbounded = grown(16), grown(1024)
     assert bounded < 16*2**20 + scores + table < rankings/3
     assert unbounded > 2*bounded                                     # the setting is what makes the difference
+
+
+def test_thirty_five_thousand_classes_are_no_matrix(tmp_path):
+    rng, n, n_classes = np.random.default_rng(11), 20_000, 35_000
+    classes = rng.integers(0, n_classes, n)
+    classes[:500] = classes[500:1000]                                     # every query has an answer
+    codes = np.packbits(rng.random((n, 64)) < 0.5, axis=1)
+    codes[:500] = codes[500:1000]
+    names = [f"class {i}" for i in range(n_classes)]
+    table = pd.DataFrame(dict(id=[f"p{i}" for i in range(n)], labels=[[names[i]] for i in classes],
+                              split=np.where(np.arange(n) < 500, "ask", "answer")))
+    store = CodeStore.write(tmp_path/"many", dict(s2=codes), table, "w", provenance=dict(classes=names))
+    evaluate_store(store, Protocol("ask", "answer", (10,), "mine"), depth=20, drawings=5)   # compiled
+    tracemalloc.start()
+    found = evaluate_store(store, Protocol("ask", "answer", (10,), "mine"), depth=20, drawings=5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150e6, f"{peak/1e6:.0f} MB; a matrix of classes and patches takes 700"
+    value = found.table.set_index(["metric", "k"])["value"]
+    assert value["precision", 1] == 1 and store_labels(store).dtype == np.int64
+    np.testing.assert_array_equal(store_labels(store), classes)
+    bits = np.unpackbits(codes, axis=1).astype(np.float32)
+    d = bits[:500].sum(1)[:, None] + bits[500:].sum(1) - 2*bits[:500] @ bits[500:].T
+    first = 500 + np.argsort(d, axis=1, kind="stable")[:, :10]
+    hits, there = classes[first] == classes[:500, None], (classes[500:] == classes[:500, None]).sum(1)
+    assert value["precision", 10] == pytest.approx(hits.mean())
+    assert value["recall", 10] == pytest.approx((hits.sum(1)/there).mean())

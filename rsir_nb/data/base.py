@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError, RsirError, unknown_name
+from .checks import as_kept
 from .classes import DENSE_CLASSES, Labels, Vocab
 from .split_lists import split_name
 from ..sensors import Sensor, get_sensor
@@ -26,6 +27,7 @@ from ..show import show_grid, stretch_of, to_rgb
 class Archive:
     "Patches by number or id; the base of every dataset."
     reading:Mapping[str, dict] = {} # modality -> how its files are read, so that a query file is read alike
+    stored_scales:Mapping[str, tuple[float, float]] = {} # modality -> scale and offset, see `read_stored`
     def __init__(self,
         table:pd.DataFrame, # one row a patch, with a column `id`
         sensors:Mapping[str, Sensor|str], # modality -> its sensor
@@ -41,6 +43,10 @@ class Archive:
     def read(self, i:int) -> dict[str, Tensor]:
         "The arrays of patch number `i`, modality -> (C,H,W), raw units; what a subclass must bring."
         raise InputError(f"{type(self).__name__} has no method `read`")
+
+    def read_stored(self, i:int) -> dict[str, Tensor]:
+        "As `read`, but whole numbers may be still without the scale and offset of `stored_scales`."
+        return self.read(i)
 
     @cached_property
     def ids(self) -> list[str]: return list(map(str, self.table['id']))
@@ -145,7 +151,7 @@ def batch(self:TensorArchive,
 ) -> dict: # as `collate` makes it of the samples
     "Several samples at once."
     at, facts = torch.as_tensor(rows), [self.classes_of(i) for i in rows]
-    arrays = {m: torch.as_tensor(x)[at].float() for m, x in self.arrays.items()}
+    arrays = {m: as_kept(torch.as_tensor(x)[at]) for m, x in self.arrays.items()}
     shared = [k for k in facts[0] if all(k in o for o in facts)] if facts else []
     return dict(id=[self.ids[i] for i in rows], row=at, **arrays,
                 **{k: torch.stack([o[k] for o in facts]) for k in shared})
@@ -227,9 +233,12 @@ class Subset(Archive):
         numbers = np.asarray(numbers, dtype=np.int64)
         super().__init__(archive.table.iloc[numbers], archive.sensors, archive.vocab)
         if isinstance(archive, Subset): archive, numbers = archive.whole, archive.chosen[numbers]
-        self.whole, self.chosen, self.reading = archive, numbers, archive.reading
+        self.whole, self.chosen = archive, numbers
+        self.reading, self.stored_scales = archive.reading, archive.stored_scales
 
     def read(self, i:int) -> dict[str, Tensor]: return self.whole.read(int(self.chosen[i]))
+
+    def read_stored(self, i:int) -> dict[str, Tensor]: return self.whole.read_stored(int(self.chosen[i]))
 
     @cached_property
     def targets(self) -> np.ndarray|None:
@@ -278,10 +287,21 @@ class _Concat(Archive):
         tables = [a.table if same else a.table.assign(modalities=_present(a)) for a in archives]
         super().__init__(pd.concat(tables), sensors, next(iter(vocabs), None))
         self.reading = {m: r for a in reversed(archives) for m, r in a.reading.items()}
+        scales = [{m: a.stored_scales.get(m, (1, 0)) for m in a.sensors} for a in archives]
+        self.alike = all(o[m] == p[m] for o in scales for p in scales for m in set(o) & set(p))
+        if self.alike: self.stored_scales = {m: o for a in archives for m, o in a.stored_scales.items()}
+
+    def at(self, i):
+        part = int(np.searchsorted(self.starts, i, 'right')) - 1
+        return self.parts[part], i - int(self.starts[part])
 
     def read(self, i):
-        part = int(np.searchsorted(self.starts, i, 'right')) - 1
-        return self.parts[part].read(i - int(self.starts[part]))
+        part, j = self.at(i)
+        return part.read(j)
+
+    def read_stored(self, i):
+        part, j = self.at(i)
+        return part.read_stored(j) if self.alike else part.read(j)
 
 def _present(archive):
     "For each patch the list of its modalities."

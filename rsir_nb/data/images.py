@@ -12,12 +12,11 @@ from typing import Any, Mapping
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from ..core import InputError, RsirError, unknown_name
 from .bands import RasterInfo, choose_bands, file_bands, reading_options, scaling_of, to_unit
-from .checks import FITS, check_patch, square_part, to_square
+from .checks import FITS, as_kept, check_patch, square_part, to_square
 from .files import SkipList
 from .rasters import fill_nodata, raster_info, read_bands
 from ..sensors import Sensor, get_sensor
@@ -61,16 +60,17 @@ class ImageFiles:
         return info
 
     def read(self, path:str|Path) -> Tensor:
-        "A file as a patch in the sensor's unit, float32 (C,H,W), checked."
+        "A file as a patch in the sensor's unit, (C,H,W), checked; whole numbers that need no change stay."
         info, unit = self.info(path), self.sensor.unit
         channels = choose_bands(info, self.sensor)
         raw, missing = read_bands(info, channels, info.nodata, black=unit == 'byte', alone=True)
-        x = to_unit(raw, *scaling_of(info, *self.scaling, self.sensor))
+        scaling = scaling_of(info, *self.scaling, self.sensor)
         if missing.all() and raw.any(): raise InputError(f"{path} is empty", found="no data in any pixel")
-        x = fill_nodata(x, missing)
+        kept = scaling == (1, 0) and not missing.any()
+        x = raw if kept else fill_nodata(to_unit(raw, *scaling), missing)
         check_patch(x, self.sensor, str(path))
         if self.img_size is not None: return to_square(x, self.img_size, unit, self.fit)
-        return torch.from_numpy(np.ascontiguousarray(x))
+        return as_kept(np.ascontiguousarray(x))
 
 # %% ../../nbs/10h_data.images.ipynb #b9be28fa
 def _of_one_size(infos, files, skips):

@@ -8,18 +8,18 @@ __all__ = ['ArchiveData']
 # %% ../../nbs/19_data.module.ipynb #74450573
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
 
 from ..core import InputError, make_rng
+from .augment import make_augment, make_views, view_names
 from .base import Archive
-from .batches import ArchiveRows, collate
+from .batches import ArchiveRows, collate, to_units
 from .samplers import EpochSampler, make_sampler
-from .transforms import random_flips
 from ..machine import declare_torchvision_ops
 declare_torchvision_ops()
 import pytorch_lightning as pl
@@ -36,15 +36,19 @@ class ArchiveData(pl.LightningDataModule):
         batch_size:int=64, # patches a batch and device
         num_workers:int=0, # processes that read
         seed:int=0, # orders and augments
-        augment:bool|Callable[[dict, np.random.Generator], dict]=True, # flips, nothing, or your function
+        augment:bool|str|Mapping|Sequence|Callable|None=True, # flips, nothing, or as `make_augment` takes it
         modalities:Sequence[str]|None=None, # sensors that each patch must have; all of the archive by default
         sampler:str|Mapping|None=None, # how batches are drawn: a name of `SAMPLERS`, or {'name': ..., ...}
+        views:int=1, # differently augmented copies of each patch; the second's are called `<modality>_view`
     ):
         super().__init__()
-        self.modalities = list(modalities or train.sensors)
+        self.modalities, self.views = list(modalities or train.sensors), views
+        names = [name for i in range(1, views) for name in view_names(self.modalities, i).values()]
+        self.modalities += [m for m in names if m in train.sensors and m not in self.modalities]
         self.train, self.val = self._whole(train), None if val is None else self._whole(val)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.augment = random_flips if augment is True else augment or None
+        self.augment = make_augment(augment)
+        if views < 1: raise InputError("a batch needs a view", found=f"views {views}", wanted="1 or more")
         for what, part, whole in ('learn from', self.train, train), ('validate with', self.val, val):
             if part is not None and not len(part):
                 raise InputError(f"there is nothing to {what}", found=whole.coverage(),
@@ -61,8 +65,9 @@ class ArchiveData(pl.LightningDataModule):
 
     def _loader(self, archive, sampler):
         return DataLoader(ArchiveRows(archive, self.modalities), self.batch_size, sampler=sampler,
-                          collate_fn=collate, num_workers=self.num_workers,
-                          persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
+                          collate_fn=partial(collate, scales=archive.stored_scales),
+                          num_workers=self.num_workers, persistent_workers=self.num_workers > 0,
+                          pin_memory=torch.cuda.is_available(),
                           generator=torch.Generator().manual_seed(self.seed))
 
     def train_dataloader(self) -> DataLoader:
@@ -110,20 +115,36 @@ def load_state_dict(self:ArchiveData,
 # %% ../../nbs/19_data.module.ipynb #1d9668e2
 @patch
 def augment_batch(self:ArchiveData,
-    batch:dict[str, Any], # as of `collate`
+    batch:dict[str, Any], # of `train`, images in raw units
     epoch:int, # number of the epoch
 ) -> dict[str, Any]: # a new batch
     "The batch as it is trained on in `epoch`."
-    if self.augment is None: return batch
-    return self.augment(batch, make_rng(self.seed, 'augment', epoch, batch['id'][0]))
+    ids = batch['id'][:1] if isinstance(self.sampler, EpochSampler) else batch['id']
+    return self._views(batch, self.augment, 'augment', epoch, *ids)
+
+@patch
+def validation_batch(self:ArchiveData,
+    batch:dict[str, Any], # of `val`, images in raw units
+) -> dict[str, Any]: # the patches as they are, and their further views
+    "The batch as it is validated with in every epoch."
+    return self._views(batch, None, 'validate', batch['id'][0])
+
+@patch
+def _views(self:ArchiveData, batch, first, *purpose):
+    "The batch changed by `first`, with further views that are augmented in any case."
+    rngs = [make_rng(self.seed, *purpose, *(['view', i] if i else [])) for i in range(self.views)]
+    funcs = [first, *[self.augment]*(self.views - 1)]
+    return make_views(batch, [func and partial(func, rng=rng) for func, rng in zip(funcs, rngs, strict=True)])
 
 @patch
 def on_after_batch_transfer(self:ArchiveData,
     batch:dict[str, Any], # on the device
     dataloader_idx:int, # number of the loader
-) -> dict[str, Any]: # augmented while training, otherwise as it came
+) -> dict[str, Any]: # in raw units; augmented while training
     "Lightning's hook."
-    return self.augment_batch(batch, self.trainer.current_epoch) if self.trainer.training else batch
+    if self.trainer.training:
+        return self.augment_batch(to_units(batch, self.train.stored_scales), self.trainer.current_epoch)
+    return self.validation_batch(to_units(batch, self.val.stored_scales))
 
 # %% ../../nbs/19_data.module.ipynb #c1212e8a
 @patch
@@ -133,4 +154,5 @@ def batches(self:ArchiveData,
     "The training batches of an epoch."
     loader = self.train_dataloader()
     loader.sampler.set_epoch(epoch)
-    for batch in loader: yield self.augment_batch(batch, epoch)
+    scales = self.train.stored_scales
+    for batch in loader: yield self.augment_batch(to_units(batch, scales), epoch)

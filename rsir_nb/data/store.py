@@ -256,6 +256,8 @@ class PatchStore(Archive):
         held = {m: o for m, o in held.items() if sensors is None or m in sensors}
         super().__init__(table, held, vocab)
         self.reading = self.header.reading
+        kept = {m: self.header.packings[m] for m in held}
+        self.stored_scales = {m: (o.scale, o.offset) for m, o in kept.items() if o.dtype != 'float32'}
 
     @property
     def complete(self) -> bool:
@@ -273,6 +275,10 @@ class PatchStore(Archive):
 
     def read(self, i:int) -> dict[str, Tensor]:
         found = self._use(i, lambda m, x: torch.from_numpy(self.layout.packings[m].unpack(x)))
+        return {m: x for m, x in found.items() if m in self.sensors}
+
+    def read_stored(self, i:int) -> dict[str, Tensor]:
+        found = self._use(i, lambda m, x: torch.from_numpy(x.copy()))
         return {m: x for m, x in found.items() if m in self.sensors}
 
     def raw(self, key:int|str) -> dict[str, np.ndarray]:

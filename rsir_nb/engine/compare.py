@@ -31,8 +31,8 @@ def _own(found:Evaluation, of='rankings'):
     "Scores of the run's own system, a table a direction, and how many patches could answer there."
     name, kind = found.about['ours']
     ours = lambda t: t[(t.system == name) & (t.kind == kind)]
-    sums, singles = (found.table, found.source) if of == 'rankings' else (found.partners, found.ranks_source)
-    if singles is None: raise InputError(f"a run has no scores of {of}",
+    sums = found.table if of == 'rankings' else found.partners
+    if sums is None or not len(sums): raise InputError(f"a run has no scores of {of}",
         remedy="compare by a score that it has: map with labels, partner_r with pairs of sensors")
     answers = ours(sums).groupby('direction')['n_items'].first()
     tables = ours(found.queries if of == 'rankings' else found.ranks)

@@ -247,7 +247,8 @@ def evaluate(
     store, folder = encode_run(run_dir, archive, progress), run_dir/'evaluation'/o.protocol
     job = json.loads(json.dumps(dict(asdict(o), seed=cfg.seed, codes=store.provenance['checksum'])))
     del job['memory_mb'] # which changes no score
-    there = (folder/'evaluation.json').is_file()
+    singles = 'queries.parquet' if has_labels(store) else 'ranks.parquet'
+    there = all((folder/name).is_file() for name in ('evaluation.json', singles))
     if there and read_json(folder/'evaluation.json')['job'] == job: return load_evaluation(folder)
     systems = _systems(o.baselines, cfg, archive, store, o.protocol, run_dir/'baselines', progress)
     found = evaluate_store(store, o.protocol, cfg.method.name, systems, o.depth, o.drawings, o.metrics,

@@ -31,6 +31,7 @@ from .parts import build_archive
 from ..html import Card, html_gallery, html_page, html_table
 from ..metrics.labels import shared_labels
 from ..metrics.scores import get_metric
+from ..rundir import best_epoch
 
 # %% ../../nbs/76_engine.report.ipynb #a32a8721
 SYSTEM_NAMES = dict(band_statistics='band statistics', band_cca='canonical correlation of band statistics',
@@ -96,8 +97,8 @@ def _answer(evaluation, store):
             f"95 % interval lies above 0.</p>\n<ul>{''.join(f'<li>{o}</li>' for o in lines)}</ul>\n")
     title = f'Margins in {_score_name(evaluation)}, with 95 % intervals'
     ax = show_bars(bars, half, new_axes(None, 7, 3.4), title, 'difference')
-    scores = _named(evaluation.pivot(), store)
-    scores = html_table(scores, f'{evaluation.told}; best of each direction in bold', best='max')
+    caption = f'{evaluation.told}; best of each direction in bold'
+    scores = html_table(_named(evaluation.pivot(), store), caption, best='max')
     caption = f'Differences in {_score_name(evaluation)}; intervals are bootstrapped over places'
     margins = html_table(margins_table(evaluation), caption)
     return text + scores + html_figure(ax) + margins + _summary(evaluation)
@@ -124,8 +125,7 @@ def _partners(evaluation, store):
     table = evaluation.partner_summary()
     names = _named(table.set_index('system'), store).index
     table.index = [f'{name}, {arrows(d)}' for name, d in zip(names, table.direction, strict=True)]
-    table = html_table(table.drop(columns=['system', 'direction']),
-                       'Partner recall and median rank, with 95 % intervals')
+    table = html_table(table.iloc[:, 2:], 'Partner recall and median rank, with 95 % intervals')
     return ("<h2>The other sensor's image of the same patch</h2>\n<p>Every patch that both sensors have seen "
             "asks for its own image by the other one, which is the only right answer: R@k is how often it is "
             "among the first k. No labels are used. Equal distances count in the archive's order.</p>\n"
@@ -225,8 +225,8 @@ class ReportConfig:
 def _galleries(archive, store, evaluation, o):
     protocol, kind = evaluation.about['protocol'], evaluation.about['ours'][1]
     labelled, system = has_labels(store), System(evaluation.about['ours'][0], store, kind)
-    ways = directions(store, protocol) if labelled else \
-           [replace(d, own=None) for d in partner_directions(store, protocol)]
+    if labelled: ways = directions(store, protocol)
+    else: ways = [replace(d, own=None) for d in partner_directions(store, protocol)]
     right = 'shares a label with the query' if labelled else "is the other sensor's image of the same patch"
     shared = ways[0].queries
     for d in ways: shared = np.intersect1d(shared, d.queries)
@@ -240,7 +240,8 @@ def _origin(run_dir, cfg, store, archive):
     "Everything needed to make it again."
     skipped, versions = skipped_patches(store), read_json(run_dir/'versions.json')
     facts = {'archive': f"{cfg.data.name}, {len(archive):,} patches", 'patches left out': len(skipped),
-             'method': cfg.method.name, 'weights': store.weights_hash, 'seed': cfg.seed, **_best_epoch(run_dir),
+             'method': cfg.method.name, 'weights': store.weights_hash, 'seed': cfg.seed,
+             'epoch': best_epoch(run_dir) or 'the last',
              'codes': f"{store.n_bits} bits, {store.n_bits//8} bytes" if store.n_bits else 'none',
              **{k: v if k != 'git' else v[:12] for k, v in versions.items() if v}}
     rows = ''.join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
@@ -250,12 +251,6 @@ def _origin(run_dir, cfg, store, archive):
     yaml = escape(OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in plain.items() if k != 'out'})))
     return (f"<h2>How it was made</h2>\n<dl>{rows}</dl>\n{bad}"
             f"<details><summary>The whole config</summary><pre>{yaml}</pre></details>\n")
-
-def _best_epoch(run_dir):
-    "Which epoch the weights are of, where a validation split decided it."
-    told = read_json(run_dir/'finished.json')
-    if 'best_epoch' not in told: return {}
-    return dict(epoch=f"{told['best_epoch'] + 1}, the best by {told['monitor']} ({told['value']:.4g})")
 
 # %% ../../nbs/76_engine.report.ipynb #f20869ce
 register_schema('report', ReportConfig)

@@ -201,7 +201,7 @@ def make_data(
     "The batches of a training."
     return ArchiveData(train, val, batch_size=o.batch_size, num_workers=o.num_workers, seed=seed,
                        augment=o.augment, modalities=list(method.sensors),
-                       sampler=o.sampler or method.sampler)
+                       sampler=o.sampler or method.sampler, views=o.views)
 
 # %% ../../nbs/70d_engine.train.ipynb #d5114fbb
 def make_trainer(

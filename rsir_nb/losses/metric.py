@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import LOSSES, InputError, unknown_name
-from .pairs import (as_vectors, check_batch, pair_counts, shared_labels, to_triplets,
+from .pairs import (as_vectors, check_batch, pair_counts, shared_counts, to_triplets,
                                   vector_distances)
 
 # %% ../../nbs/36_losses.metric.ipynb #ac0b9208
@@ -69,7 +69,7 @@ class SupConLoss(nn.Module):
 # %% ../../nbs/36_losses.metric.ipynb #c361d480
 def _jaccard(y):
     "Shared labels over the labels of either."
-    shared = shared_labels(y)
+    shared = shared_counts(y)
     size = shared.diagonal()
     return shared/(size[:, None] + size - shared).clamp(min=1)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .pairs import (MINERS, as_vectors, check_batch, relations, shared_labels, to_pairs,
+from .pairs import (MINERS, as_vectors, check_batch, relations, shared_counts, to_pairs,
                                   vector_distances)
 
 # %% ../../nbs/35_losses.miners.ipynb #49467a8c
@@ -128,7 +128,7 @@ def graded_triplets(
 def _by_distance(z, labels):
     "Images from the nearest of each anchor to the farthest, and their shared labels; -1 for no partner."
     y = check_batch(z, labels)
-    (same, different), shared = relations(y), shared_labels(y)
+    (same, different), shared = relations(y), shared_counts(y)
     shared = torch.where(same | different, shared, -1.)
     order = vector_distances(as_vectors(z.detach())).fill_diagonal_(-1).argsort(dim=1, stable=True)
     return order, shared.gather(1, order)

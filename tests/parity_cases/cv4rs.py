@@ -13,6 +13,8 @@ from rsir_nb.losses.metric import LabelLoss, MarginLoss
 from rsir_nb.losses.memory import FastMoCoLoss, MemoryNCALoss
 from rsir_nb.losses.miners import distance_probabilities, graded_triplets, semi_hard_candidates
 from rsir_nb.losses.pairs import relations
+from rsir_nb.models.backbones import make_backbone
+from rsir_nb.models.necks import PartsNeck
 
 
 def padded(mask, width):
@@ -242,3 +244,25 @@ def fast_moco(case):
         case.compare(name, made(temperature=float(name.removeprefix("loss_temperature")))(q, keys=k).detach())
     case.divergent("loss_unnormalised_queue", made(3 * queue, normalise=True)(q, keys=k).detach(), case.output("loss"), rtol=1e-4,
                    reason="the published code gives NaN for a queue of vectors that are not of length 1; here lengths do not count")
+
+
+TRUNK = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}       # theirs are features.<number>
+
+
+@check("cv4rs.network_full_recipe")
+def network(case):
+    images = tensor(case, "images")
+    encoder = make_backbone("resnet50", images.shape[1], case.constant("crop")).eval()
+    neck = PartsNeck(encoder.embed_dim, case.constant("sub_embed_sizes")).eval()
+    ours = {f"features.{i}.{k.removeprefix(f'{name}.')}": v for i, name in TRUNK.items()
+            for k, v in encoder.net.state_dict().items() if k.startswith(f"{name}.")}
+    ours |= {f"last_linear.embed_{i}.{k}": v for i, o in enumerate(neck.layers, 1) for k, v in o.state_dict().items()}
+    kinds = {e["name"]: e for e in case.output("keys")}
+    case.compare("keys", [dict(e, shape=list(ours[n].shape), dtype=str(ours[n].dtype).removeprefix("torch.")) if n in ours else e
+                          for n, e in kinds.items()])
+    assert set(ours) == set(kinds), sorted(set(ours) ^ set(kinds))[:5]
+    for name, value in case.recipe(ours).items(): ours[name].copy_(value)
+    with torch.no_grad():
+        x = encoder(images)
+        case.compare("penultimate", torch.nn.functional.normalize(x))
+        case.compare("embedding", neck(x))

@@ -4,6 +4,7 @@ from parity import check
 from parity_cases.csmae import tensor
 
 from rsir_nb.losses.margins import AdaCosLoss, AdaFaceLoss, ArcFaceLoss, CurricularFaceLoss, DynMArcFaceLoss, LiArcFaceLoss
+from rsir_nb.models.necks import PoolingNeck, ProjectionNeck
 
 
 def compare_steps(case, make, **state):
@@ -62,3 +63,14 @@ def curricularface(case):
 def adaface(case):
     c = case.constant
     compare_steps(case, lambda d, n: AdaFaceLoss(d, n, c("s"), c("m"), c("h"), c("t_alpha")), batch_mean="mean", batch_std="std")
+
+
+@check("unifex.necks")
+def necks(case):
+    weight = tensor(case, "proj_weight")
+    neck = ProjectionNeck(*weight.T.shape).eval()
+    neck.load_state_dict({"1.weight": weight, "1.bias": tensor(case, "proj_bias")})     # published as neck.1.weight, neck.1.bias
+    case.compare("proj_layer", neck(tensor(case, f"x{weight.shape[1]}")).detach())
+    for name in (o for o in case.output_names() if o.startswith("pooling_")):
+        long, short = (int(o) for o in name.removeprefix("pooling_").split("_to_"))
+        case.compare(name, PoolingNeck(long, short)(tensor(case, f"x{long}")))
