@@ -15,13 +15,14 @@ from fastcore.basics import patch
 
 from ..core import InputError, lazy_import, unknown_name
 from .conditions import rows_matching
-from ..geo import bounding_boxes, wkb_to_geojson
+from ..geo import bounding_boxes, read_shapes
 
 # %% auto #0
 __all__ = ['TableFilter', 'filter_rows']
 
 # %% ../../nbs/71b_engine.filters.ipynb #1b0581d0
 pd = lazy_import('pandas')
+shapely = lazy_import('shapely')
 
 # %% ../../nbs/71b_engine.filters.ipynb #124cf9ff
 def _checked_box(box):
@@ -36,13 +37,9 @@ def _bounds_of(geometries):
     "West, south, east, north of every footprint, (N,4); those across the antimeridian end east of 180."
     bounds = bounding_boxes(geometries)
     for i in np.flatnonzero(bounds[:, 2] - bounds[:, 0] > 180):
-        x = np.array(list(_longitudes(wkb_to_geojson(bytes(geometries[i]))['coordinates']))) % 360
+        x = shapely.get_coordinates(read_shapes([geometries[i]]))[:, 0] % 360
         bounds[i, [0, 2]] = x.min(), x.max()
     return bounds
-
-def _longitudes(o):
-    if not isinstance(o[0], list): yield o[0]
-    else: yield from chain.from_iterable(map(_longitudes, o))
 
 def _rows_in(bounds, box):
     "The rows whose bounds touch a box."

@@ -10,6 +10,7 @@ __all__ = ['NUMBERED', 'hit_footprints', 'corners', 'cut_of', 'side_by_side', 'b
 from typing import Callable, Sequence
 
 import numpy as np
+import shapely
 from fastcore.basics import patch
 from matplotlib.axes import Axes
 
@@ -45,12 +46,7 @@ def corners(
     feature:dict, # a GeoJSON feature
 ) -> np.ndarray: # longitudes and latitudes in degrees, (N,2)
     "All points of a feature."
-    return np.asarray(list(_points(feature['geometry']['coordinates'])), dtype=float)
-
-def _points(coordinates):
-    if not isinstance(coordinates[0], (list, tuple)): yield coordinates[:2]
-    else:
-        for o in coordinates: yield from _points(o)
+    return shapely.get_coordinates(shapely.geometry.shape(feature['geometry']))
 
 # %% ../../nbs/80d_gallery.map.ipynb #1a2628c0
 def cut_of(
