@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_geo.ipynb #f526118c
 from __future__ import annotations
-import json, struct
+import json
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
@@ -13,25 +13,24 @@ import numpy as np
 from .core import CorruptError, InputError, MissingFileError, atomic_path, lazy_import
 
 # %% auto #0
-__all__ = ['wkb_polygon', 'wkb_box', 'footprint', 'wkb_to_geojson', 'ground_side', 'bounding_boxes', 'overlaps_box',
-           'write_geoparquet', 'read_geoparquet']
+__all__ = ['wkb_polygon', 'wkb_quads', 'wkb_box', 'footprint', 'read_shapes', 'wkb_to_geojson', 'ground_side', 'bounding_boxes',
+           'overlaps_box', 'write_geoparquet', 'read_geoparquet']
 
 # %% ../nbs/04_geo.ipynb #8f62f17f
 pd = lazy_import('pandas')
 pa = lazy_import('pyarrow')
 pq = lazy_import('pyarrow.parquet')
+shapely = lazy_import('shapely')
 
 # %% ../nbs/04_geo.ipynb #11919010
-def _ring(coords, clockwise=False):
-    "Closed (n,2) float64 ring with the wanted direction."
+def _rings(coords, clockwise=False):
+    "Closed rings, shapely (N,), with the wanted direction, of float64 (N,n,2)."
     xy = np.asarray(coords, dtype=np.float64)
-    if xy.ndim != 2 or xy.shape[1] != 2 or len(xy) < 3 or not np.isfinite(xy).all():
-        raise InputError("these coordinates make no polygon", found=f"an array of shape {xy.shape}",
+    if xy.ndim != 3 or xy.shape[2] != 2 or xy.shape[1] < 3 or not np.isfinite(xy).all():
+        raise InputError("these coordinates make no polygon", found=f"an array of shape {xy.shape[1:]}",
                          wanted="three or more finite (longitude, latitude) pairs")
-    if (xy[0] != xy[-1]).any(): xy = np.vstack([xy, xy[:1]])
-    x, y = xy.T
-    area = (x[:-1]*y[1:] - x[1:]*y[:-1]).sum()
-    return xy[::-1] if (area < 0) != clockwise else xy
+    rings = shapely.linearrings(xy)
+    return np.where(shapely.is_ccw(rings) == clockwise, shapely.reverse(rings), rings)
 
 # %% ../nbs/04_geo.ipynb #2434d94c
 def wkb_polygon(
@@ -39,9 +38,14 @@ def wkb_polygon(
     holes:Sequence=(), # rings cut out of it, each (n,2)
 ) -> bytes: # little-endian WKB
     "A polygon as WKB."
-    rings = [_ring(coords), *(_ring(o, clockwise=True) for o in holes)]
-    parts = [struct.pack('<I', len(r)) + np.ascontiguousarray(r, dtype='<f8').tobytes() for r in rings]
-    return struct.pack('<BII', 1, 3, len(rings)) + b''.join(parts)
+    inner = [_rings([o], clockwise=True)[0] for o in holes]
+    return shapely.to_wkb(shapely.polygons(_rings([coords])[0], inner or None), byte_order=1)
+
+def wkb_quads(
+    corners:np.ndarray, # (N,4,2) corners of each patch, in order around it
+) -> list[bytes]: # N polygons, as `wkb_polygon` writes them
+    "Many quadrangles as WKB."
+    return shapely.to_wkb(shapely.polygons(_rings(corners)), byte_order=1).tolist() if len(corners) else []
 
 # %% ../nbs/04_geo.ipynb #5e87e6b4
 def wkb_box(
@@ -75,35 +79,19 @@ def footprint(
     y = np.concatenate([bottom + o, bottom + h, top + o, top - h])
     return wkb_polygon(np.stack(Transformer.from_crs(source, 'OGC:CRS84', always_xy=True).transform(x, y), 1))
 
-# %% ../nbs/04_geo.ipynb #8c972e99
-_GEOMETRIES = dict(enumerate('Point LineString Polygon MultiPoint MultiLineString MultiPolygon'.split(), 1))
+# %% ../nbs/04_geo.ipynb #4e3dd718
+def read_shapes(
+    geometries:Iterable, # WKB per item; None, NA or NaN where there is none
+) -> np.ndarray: # of shapely's geometries without heights, or None, (N,)
+    "Geometries as objects of shapely; raises `CorruptError` on bytes that are none."
+    values = [_none_if_missing(o) for o in geometries]
+    try: return shapely.force_2d(shapely.from_wkb(np.array([*values, None], dtype=object)))[:-1]
+    except shapely.errors.ShapelyError as e:
+        bad = next(o for o in values if o is not None and shapely.from_wkb(o, on_invalid='ignore') is None)
+        raise CorruptError("these bytes are no WKB geometry", found=f"{len(bad)} bytes, {e}",
+                           wanted="a point, line or polygon") from e
 
-class _Reader:
-    "Walks through the bytes of one geometry."
-    def __init__(self, data): self.data, self.at = data, 0
-
-    def take(self, fmt):
-        value = struct.unpack_from(fmt, self.data, self.at)
-        self.at += struct.calcsize(fmt)
-        return value
-
-    def points(self, order, n, dims):
-        xy = np.frombuffer(self.data, dtype=order + 'f8', count=n*dims, offset=self.at).reshape(n, dims)
-        self.at += xy.nbytes
-        return xy[:, :2].tolist()
-
-    def geometry(self):
-        order = '<>'[self.take('B')[0] == 0]
-        code, = self.take(order + 'I')
-        if code & 0x20000000: self.take(order + 'I')
-        dims = 2 + bool(code & 0x80000000) + bool(code & 0x40000000)
-        base, kind = divmod(code & 0xFFFF, 1000)
-        dims, name = max(dims, (2, 3, 3, 4)[base]), _GEOMETRIES[kind]
-        count = lambda: self.take(order + 'I')[0]
-        if kind == 1: return name, self.points(order, 1, dims)[0]
-        if kind == 2: return name, self.points(order, count(), dims)
-        if kind == 3: return name, [self.points(order, count(), dims) for _ in range(count())]
-        return name, [self.geometry()[1] for _ in range(count())]
+def _none_if_missing(o): return None if o is None or o is pd.NA or isinstance(o, float) else bytes(o)
 
 # %% ../nbs/04_geo.ipynb #b59688a7
 def wkb_to_geojson(
@@ -111,11 +99,10 @@ def wkb_to_geojson(
 ) -> dict|None: # GeoJSON geometry: type and coordinates
     "A WKB geometry as a GeoJSON one; raises `CorruptError` on bytes that are none."
     if wkb is None: return None
-    try: kind, coordinates = _Reader(bytes(wkb)).geometry()
-    except (struct.error, ValueError, KeyError, IndexError, TypeError, RecursionError) as e:
-        raise CorruptError("these bytes are no WKB geometry", found=f"{len(bytes(wkb))} bytes, {e}",
-                           wanted="a point, line or polygon") from e
-    return dict(type=kind, coordinates=coordinates)
+    found = json.loads(shapely.to_geojson(read_shapes([wkb])[0]))
+    if 'coordinates' in found: return found
+    raise CorruptError("this is a collection of geometries", found=found['type'],
+                       wanted="a point, line or polygon, or several of one kind")
 
 # %% ../nbs/04_geo.ipynb #2823775d
 def ground_side(
@@ -123,37 +110,14 @@ def ground_side(
 ) -> float: # metres
     "The side of a square as large as a footprint."
     from pyproj import Geod
-    lon, lat = zip(*wkb_to_geojson(wkb)['coordinates'][0], strict=True)
-    return abs(Geod(ellps='WGS84').polygon_area_perimeter(lon, lat)[0])**0.5
+    return abs(Geod(ellps='WGS84').geometry_area_perimeter(read_shapes([wkb])[0])[0])**0.5
 
 # %% ../nbs/04_geo.ipynb #ca5a9901
 def bounding_boxes(
     geometries:Iterable[bytes|None], # WKB, one an item
 ) -> np.ndarray: # (N,4) west, south, east, north in degrees; NaN where there is no geometry
     "The bounding box of every geometry."
-    values = [_none_if_missing(o) for o in geometries]
-    boxes = np.full((len(values), 4), np.nan)
-    simple = [i for i, o in enumerate(values) if o is not None and len(o) == 93 and o.startswith(_QUAD)]
-    if simple:
-        xy = np.frombuffer(b''.join(values[i] for i in simple), dtype=np.uint8).reshape(-1, 93)[:, 13:]
-        xy = np.ascontiguousarray(xy).view('<f8').reshape(-1, 5, 2)
-        boxes[simple] = np.hstack([xy.min(1), xy.max(1)])
-    for i in set(range(len(values))).difference(simple):
-        if values[i] is None: continue
-        xy = np.array(list(_points(wkb_to_geojson(values[i])['coordinates'])))
-        boxes[i] = [*xy.min(0), *xy.max(0)]
-    return boxes
-
-# %% ../nbs/04_geo.ipynb #98f38f2e
-_QUAD = struct.pack('<BIII', 1, 3, 1, 5) # how a polygon of four corners begins
-
-def _none_if_missing(o): return None if o is None or o is pd.NA or isinstance(o, float) else bytes(o)
-
-def _points(coordinates):
-    "The (x, y) pairs of nested GeoJSON coordinates."
-    if not isinstance(coordinates[0], list): yield coordinates
-    else:
-        for o in coordinates: yield from _points(o)
+    return shapely.bounds(read_shapes(geometries))
 
 # %% ../nbs/04_geo.ipynb #82865105
 def overlaps_box(
@@ -169,17 +133,11 @@ def overlaps_box(
 
 # %% ../nbs/04_geo.ipynb #cd8ffdf1
 def _geo_metadata(geometries):
-    known = [o for o in geometries if o is not None]
-    column = dict(encoding='WKB', geometry_types=_kinds(known))
-    if known:
-        boxes = bounding_boxes(known)
-        column['bbox'] = [*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist()]
+    shapes = read_shapes(geometries)
+    kinds = {o.geom_type for o in shapes if o is not None}
+    column = dict(encoding='WKB', geometry_types=sorted(kinds))
+    if kinds: column['bbox'] = shapely.total_bounds(shapes).tolist()
     return dict(version='1.1.0', primary_column='geometry', columns=dict(geometry=column))
-
-def _kinds(geometries):
-    "Names of the kinds of geometry; the first bytes of each tell."
-    heads = {o[:5]: o for o in geometries}
-    return sorted({wkb_to_geojson(o)['type'] for o in heads.values()})
 
 # %% ../nbs/04_geo.ipynb #991f05d6
 def write_geoparquet(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Iterable, Mapping, Sequence
 
 import numpy as np
+from fastcore.basics import patch
 
 from .core import InputError, check_arguments, lazy_import, unknown_name
 
@@ -133,7 +134,8 @@ class Sensor:
         return cls(**{'name': '_'.join(bands), **known, **d})
 
 # %% ../nbs/02_sensors.ipynb #5eb110e6
-def _repr_markdown_(self):
+@patch
+def _repr_markdown_(self:Sensor):
     unit = UNITS.get(self.unit, self.unit)
     head = f"**{self.name}**: {self.in_chans} bands at {self.resolution:g} m, {unit}"
     lines = ["| channel | band | centre (nm) | delivered at (m) | what it sees |", "|--:|:--|--:|--:|:--|"]
@@ -142,8 +144,6 @@ def _repr_markdown_(self):
         nm, res = (f"{o:,.0f}" if o is not None else '' for o in (b.wavelength, b.resolution))
         lines.append(f"| {i} | {name} | {nm} | {res} | {b.description} |")
     return '\n'.join([head, '', *lines])
-
-Sensor._repr_markdown_ = _repr_markdown_
 
 # %% ../nbs/02_sensors.ipynb #c0b2151f
 _TEN = ('B02', 'B03', 'B04', 'B05', 'B06', 'B07', 'B08', 'B8A', 'B11', 'B12')

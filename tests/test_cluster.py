@@ -46,7 +46,7 @@ def test_a_broken_job_goes_on_with_the_shards_that_are_there(nodes, run, monkeyp
 
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(cluster, "_write_store", stop)                    # all shards are there, the store is not
+        m.setattr(cluster, "finish_store", stop)                    # all shards are there, the store is not
         with pytest.raises(KeyboardInterrupt): encode_on_ray(cfg.out, overwrite=True, **SIZES)
     part = local.path.with_name("run")/"codes.part"
     shards = sorted(part.glob("shard_*.npz"))
@@ -57,7 +57,7 @@ def test_a_broken_job_goes_on_with_the_shards_that_are_there(nodes, run, monkeyp
     collect = cluster._collect
     with monkeypatch.context() as m:
         m.setattr(cluster, "_collect", lambda ray, refs, *a: asked.append(len(refs)) or collect(ray, refs, *a))
-        m.setattr(cluster, "_write_store", stop)
+        m.setattr(cluster, "finish_store", stop)
         with pytest.raises(KeyboardInterrupt): encode_on_ray(cfg.out, **SIZES)
     assert asked == [2] and kept == [shards[i].stat().st_mtime_ns for i in (1, 3)]
     with pytest.raises(InputError, match="another batch_size"): encode_on_ray(cfg.out, **{**SIZES, "batch_size": 4})

@@ -82,3 +82,51 @@ def test_imports_point_down(module):
         decades = own[0] // 10, MODULES[other][0] // 10
         if decades[0] in SIBLINGS and decades[1] in SIBLINGS:
             assert decades[0] == decades[1], f"{module} imports {other}: the 20s, 30s and 40s are siblings"
+
+
+def tree_of(module): return ast.parse((ROOT / "rsir_nb" / (module.replace(".", "/") + ".py")).read_text())
+
+
+def is_private(name): return name.startswith("_") and not name.startswith("__")
+
+
+def borrowed(tree, module):
+    "Private names that a module takes from another one of the package: imported, or as attributes of what was imported."
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and imported_base(node, module) is not None:
+            yield from (o.name for o in node.names if is_private(o.name))
+            modules |= {o.asname or o.name for o in node.names}
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "lazy_import":
+            modules |= {o.id for o in node.targets if isinstance(o, ast.Name)}
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {o.attr for o in ast.walk(tree) if isinstance(o, ast.Attribute) and getattr(o.value, "id", "") in ("self", "cls")}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not is_private(node.attr): continue
+        base = getattr(node.value, "id", "")
+        mine = base in ("self", "cls") or ast.unparse(node.value).startswith("super(") or node.attr in own and base not in modules
+        if not mine and not re.match(r"_repr_\w+_$|_asdict$|_version$|_foreach_", node.attr): yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_private_names_stay_at_home(module):
+    "A name that begins with an underscore belongs to its page; what another page needs is published."
+    assert not list(borrowed(tree_of(module), module))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_methods_are_attached_in_one_way(module):
+    "A class has its methods in its body, or a later cell adds them by `@patch`; none is a function that is assigned to the class."
+    for node in tree_of(module).body:
+        if isinstance(node, ast.FunctionDef) and node.args.args and node.args.args[0].arg == "self":
+            assert any(ast.unparse(o).startswith("patch") for o in node.decorator_list), f"{node.name} takes self by hand"
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [o for t in targets for o in (t.elts if isinstance(t, ast.Tuple) else [t])]
+        assert not any(isinstance(o, ast.Attribute) for o in targets), f"{ast.unparse(node)} attaches something by hand"
+
+
+@pytest.mark.parametrize("code, found", [
+    ("from .other import _name", ["_name"]), ("from .other import name\nname._part", ["name._part"]), ("from numpy import _core", []),
+    ("other = lazy_import('rsir_nb.geo')\nother._ring", ["other._ring"]), ("class A:\n def f(self, o): return o._f, self._x", ["o._f"]),
+    ("class A:\n def f(self, o):\n  self._x = o._x", []), ("super(A, self)._f(1)\nx._repr_html_()", [])])
+def test_borrowed_names_are_found(code, found): assert list(borrowed(ast.parse(code), "a.b")) == found

@@ -1,16 +1,33 @@
-"Footprints and tables against shapely and pyproj."
+"Footprints and tables: rings, bytes, boxes and files, against bytes written by hand and pyproj."
+import struct
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import shapely
 from rsir_nb.core import CorruptError, InputError, MissingFileError
-from rsir_nb.geo import (bounding_boxes, footprint, overlaps_box, read_geoparquet, wkb_box, wkb_polygon,
+from rsir_nb.geo import (bounding_boxes, footprint, overlaps_box, read_geoparquet, wkb_box, wkb_polygon, wkb_quads,
                          wkb_to_geojson, write_geoparquet)
 
-shapely = pytest.importorskip("shapely")
+
+def by_hand(ring):
+    "A closed ring as little-endian WKB, as the standard has it."
+    return struct.pack("<BIII", 1, 3, 1, len(ring)) + b"".join(struct.pack("<dd", *o) for o in ring)
 
 
-def test_our_wkb_is_shapely_s():
+def test_bytes_are_those_of_the_standard():
+    clockwise = [(0., 0.), (0., 4.), (5., 4.), (5., 0.), (0., 0.)]
+    for ring in clockwise, clockwise[:-1], clockwise[::-1]: assert wkb_polygon(ring) == by_hand(clockwise[::-1])
+    assert wkb_quads(np.array([clockwise[:-1], clockwise[:0:-1]])) == [by_hand(clockwise[::-1])]*1 + [wkb_polygon(clockwise[:0:-1])]
+    assert wkb_quads(np.empty((0, 4, 2))) == []
+    big_endian = struct.pack(">BIdd", 0, 1, 1.5, -2)
+    assert wkb_to_geojson(big_endian) == dict(type="Point", coordinates=[1.5, -2])
+    for bad in [(0, 0), (1, 1)], [(0, 0), (1, np.nan), (2, 0)], [(0, 0, 0)]*4, [1, 2, 3]:
+        with pytest.raises(InputError, match="no polygon"): wkb_polygon(bad)
+
+
+def test_rings_are_turned():
     ring, hole = [(0, 0), (0, 4), (5, 4), (5, 0)], [(1, 1), (2, 1), (2, 2)]
     ours = shapely.from_wkb(wkb_polygon(ring, holes=[hole]))
     assert ours.equals(shapely.Polygon(ring, [hole]))
@@ -41,9 +58,17 @@ def test_truncated_wkb_is_refused(size):
     with pytest.raises(CorruptError): wkb_to_geojson(wkb_box(1, 2, 3, 4)[:size])
 
 
+def test_a_collection_has_no_coordinates():
+    with pytest.raises(CorruptError, match="GeometryCollection"): wkb_to_geojson(shapely.to_wkb(shapely.GeometryCollection([GEOMETRIES[0]])))
+
+
+def test_the_bad_one_of_many_is_told():
+    with pytest.raises(CorruptError, match="found 4 bytes"): bounding_boxes([wkb_box(1, 2, 3, 4), None, b"junk", wkb_box(1, 2, 3, 4)])
+
+
 def test_boxes_of_a_mixed_column():
     some = [wkb_box(1, 2, 3, 4), None, shapely.to_wkb(shapely.Point(7, 8)), float("nan"),
-            wkb_box(-5, -4, -3, -2)]
+            memoryview(wkb_box(-5, -4, -3, -2))]
     found = bounding_boxes(some)
     np.testing.assert_array_equal(found[[0, 2, 4]], [[1, 2, 3, 4], [7, 8, 7, 8], [-5, -4, -3, -2]])
     assert np.isnan(found[[1, 3]]).all() and bounding_boxes([]).shape == (0, 4)

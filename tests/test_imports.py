@@ -10,7 +10,7 @@ from rsir_nb.all import import_pages, public_names
 from rsir_nb.core import registered_parts
 
 HEAVY = {"torch", "pytorch_lightning", "lightning_fabric", "torchmetrics", "torchvision", "timm", "wandb", "matplotlib", "pandas",
-         "numba", "rasterio", "faiss"}
+         "numba", "rasterio", "faiss", "shapely", "psycopg", "ray"}
 LIGHT = ["core", "typed", "machine", "plugins", "config", "rundir", "style", "sensors", "html", "charts", "show", "geo", "retrieval.codes",
          "retrieval.index", "retrieval.local", "retrieval.substrings", "remote.engines", "retrieval.blocks", "retrieval.hamming",
          "retrieval.vectors", "retrieval.ranking", "engine.conditions", "engine.filters",

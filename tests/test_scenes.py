@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 
 from rsir_nb.core import DATASETS, CorruptError, InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.files import date_in_name, find_files
-from rsir_nb.data.rasters import fill_nodata, footprints, nodata_mask, raster_info, read_raster, wkb_quads
+from rsir_nb.data.rasters import fill_nodata, footprints, nodata_mask, raster_info, read_raster
 from rsir_nb.data.bands import RasterInfo, to_unit
 from rsir_nb.data.scenes import SceneArchive, read_patch_file, window_grid
-from rsir_nb.geo import wkb_polygon
+from rsir_nb.geo import wkb_polygon, wkb_quads
 from rsir_nb.sensors import get_sensor
 
 TEN = get_sensor("s2").bands

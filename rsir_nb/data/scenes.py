@@ -20,10 +20,10 @@ from .base import Archive
 from .checks import check_patch, to_grid, to_square
 from .files import SkipList, date_in_name, find_files
 from .rasters import (fill_nodata, footprints, nodata_mask, raster_info, read_bands,
-                                  read_raster, wkb_quads)
+                                  read_raster)
 from .bands import (RasterInfo, band_name, choose_bands, file_bands, reading_options,
                                 scaling_of, to_unit)
-from ..geo import ground_side
+from ..geo import ground_side, wkb_quads
 from ..sensors import BANDS, SENSORS, Sensor, get_sensor
 
 # %% ../../nbs/16_data.scenes.ipynb #a54a859c

@@ -6,26 +6,25 @@
 __all__ = ['encode_on_ray', 'evaluate_on_ray']
 
 # %% ../../nbs/79a_engine.cluster.ipynb #676d0dbc
-import re, shutil
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Sequence
 
-import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from ..config import load_run_config, to_dict
-from ..core import InputError, atomic_path, check_arguments, folder_lock, read_json, write_json
+from ..core import InputError, check_arguments, folder_lock
 from ..data.base import Archive
-from .encode import (_check_settings, _drop, _load_shard, _make_shard, _open_finished,
-                                   _Reader, _same_job, _shard, _weights_of, _write_store, describe_job,
-                                   encode)
+from .encode import (PatchReader, check_sizes, describe_job, encode, encode_shard,
+                                   finish_store)
 from .protocols import Protocol, System, directions, get_protocol
-from ..methods.embedding import common_sensors
+from ..methods.embedding import common_sensors, sensors_of
 from .scoring import score_direction, tabulate
 from .parts import build_archive, load_method
 from ..retrieval.codes import CodeStore
+from ..retrieval.unfinished import UnfinishedStore
 from ..remote.shards import start_ray
 from ..rundir import run_weights
 
@@ -43,14 +42,14 @@ def _method(run_dir, weights):
     _held[run_dir, weights] = method
     return method
 
-def _encode_shard(run_dir, archive, file, start, plan):
+def _encode_shard(run_dir, archive, store, start, plan):
     "Make the shard that begins at patch `start`; returns its number of patches."
     method = _method(run_dir, plan['weights'])
     rows = range(start, min(start + plan['shard_size'], len(archive)))
-    reader, size = _Reader(archive, plan['modalities'], method.img_size), plan['batch_size']
+    reader = PatchReader(archive, sensors_of(method, plan['modalities']), method.img_size)
+    size = plan['batch_size']
     batches = ([reader[i] for i in rows[a:a + size]] for a in range(0, len(rows), size))
-    shard = _make_shard(method, batches, plan['modalities'], plan['precision'], plan['embeddings'])
-    with atomic_path(file) as part, open(part, 'wb') as f: np.savez(f, **shard)
+    store.save(start, encode_shard(method, batches, plan))
     return len(rows)
 
 def _collect(ray, refs, total, what, progress):
@@ -87,33 +86,31 @@ def encode_on_ray(
     check_arguments(encode, changes, 'encode')
     options = dict(batch_size=64, shard_size=4096, precision='32', modalities=None, embeddings=True)
     options |= {k: v for k, v in {**to_dict(cfg.encode), **changes}.items() if k in options}
-    _check_settings(options['batch_size'], options['shard_size'], 0)
-    if overwrite or _weights_of(path) not in (None, run_weights(run_dir)): _drop(path)
+    check_sizes(options['batch_size'], options['shard_size'])
+    store = UnfinishedStore(path)
+    if overwrite or store.weights not in (None, run_weights(run_dir)): store.delete()
     archive, method = build_archive(cfg.data) if archive is None else archive, load_method(run_dir)
     found = common_sensors(method, archive, options['modalities'])
     job = describe_job(method, archive, found, options['precision'],
                        options['embeddings'] or method.heads is None)
-    part = path.with_name('codes.part')
+    store.job = job
     if not path.exists():
-        with folder_lock(part):
-            _shards_on_ray(run_dir, archive, part, job, options, address, progress)
-            if not path.exists(): _write_store(method, archive, path, part, job)
-    store = _open_finished(path, job)
-    shutil.rmtree(part, ignore_errors=True)
-    return store
+        with folder_lock(store.folder):
+            plan = store.begin(options['batch_size'], options['shard_size'])
+            _shards_on_ray(run_dir, archive, store, plan, address, progress)
+            if not path.exists(): finish_store(store, method, archive)
+    return store.open()
 
-def _shards_on_ray(run_dir, archive, part, job, options, address, progress):
+def _shards_on_ray(run_dir, archive, store, plan, address, progress):
     "Make the shards that are not there yet."
-    plan = dict(job, batch_size=options['batch_size'], shard_size=options['shard_size'])
-    if (part/'plan.json').is_file(): _same_job(read_json(part/'plan.json'), plan, part)
-    else: write_json(part/'plan.json', plan)
-    starts = [i for i in range(0, len(archive), plan['shard_size']) if _load_shard(_shard(part, i)) is None]
+    size = plan['shard_size']
+    starts = store.missing(len(archive), size)
     if not starts: return
     ray = start_ray(address)
     task = ray.remote(max_retries=3, retry_exceptions=[OSError])(_encode_shard)
     shared = ray.put(archive)
-    refs = [task.remote(str(run_dir), shared, str(_shard(part, i)), i, plan) for i in starts]
-    _collect(ray, refs, sum(min(plan['shard_size'], len(archive) - i) for i in starts), 'encode', progress)
+    refs = [task.remote(str(run_dir), shared, store, i, plan) for i in starts]
+    _collect(ray, refs, sum(min(size, len(archive) - i) for i in starts), 'encode', progress)
 
 # %% ../../nbs/79a_engine.cluster.ipynb #27366718
 def _score(name, path, kind, across, number, protocol, depth, metrics, seed):

@@ -8,6 +8,7 @@ import ast, operator, re
 from functools import reduce
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import InputError, lazy_import
 
@@ -95,29 +96,30 @@ _PARTS = 'dt.year', 'dt.month', 'dt.day', 'dt.day_of_year'
 _TEXT_TESTS = dict(startswith={}, endswith={}, contains=dict(regex=False))
 _GAP_TESTS = 'isna', 'notna', 'isnull', 'notnull'
 
-def _path(self, node):
+@patch
+def _path(self:_Condition, node):
     "`place.str.contains` as the column and 'str.contains'."
     names = []
     while isinstance(node, ast.Attribute): names, node = [node.attr, *names], node.value
     if not isinstance(node, ast.Name): raise _refused(node)
     return self._name(node), '.'.join(names)
 
-def _attribute(self, node):
-    column, path = _path(self, node)
+@patch
+def _attribute(self:_Condition, node):
+    column, path = self._path(node)
     if path not in _PARTS or column.dtype.kind != 'M': raise _refused(node)
     return getattr(column.dt, path[3:])
 
-def _call(self, node):
+@patch
+def _call(self:_Condition, node):
     if not isinstance(node.func, ast.Attribute) or node.keywords: raise _refused(node)
-    (column, path), given = _path(self, node.func), [self(o) for o in node.args]
+    (column, path), given = self._path(node.func), [self(o) for o in node.args]
     if path in _GAP_TESTS and not given: return getattr(column, path)()
     if path == 'isin' and [type(o) for o in given] == [list]: return _among(column, given[0], node)
     home, _, test = path.partition('.')
     if home != 'str' or test not in _TEXT_TESTS or [type(o) for o in given] != [str] or \
        _holds(column) != 'text': raise _refused(node)
     return getattr(column.str, test)(given[0], **_TEXT_TESTS[test]).fillna(False).astype(bool)
-
-_Condition._attribute, _Condition._call = _attribute, _call
 
 # %% ../../nbs/71a_engine.conditions.ipynb #98ea8c6c
 def _holds(column):

@@ -15,13 +15,14 @@ from fastcore.basics import patch
 
 from ..core import InputError, lazy_import, unknown_name
 from .conditions import rows_matching
-from ..geo import bounding_boxes, wkb_to_geojson
+from ..geo import bounding_boxes, read_shapes
 
 # %% auto #0
 __all__ = ['TableFilter', 'filter_rows']
 
 # %% ../../nbs/71b_engine.filters.ipynb #1b0581d0
 pd = lazy_import('pandas')
+shapely = lazy_import('shapely')
 
 # %% ../../nbs/71b_engine.filters.ipynb #124cf9ff
 def _checked_box(box):
@@ -36,13 +37,9 @@ def _bounds_of(geometries):
     "West, south, east, north of every footprint, (N,4); those across the antimeridian end east of 180."
     bounds = bounding_boxes(geometries)
     for i in np.flatnonzero(bounds[:, 2] - bounds[:, 0] > 180):
-        x = np.array(list(_longitudes(wkb_to_geojson(bytes(geometries[i]))['coordinates']))) % 360
+        x = shapely.get_coordinates(read_shapes([geometries[i]]))[:, 0] % 360
         bounds[i, [0, 2]] = x.min(), x.max()
     return bounds
-
-def _longitudes(o):
-    if not isinstance(o[0], list): yield o[0]
-    else: yield from chain.from_iterable(map(_longitudes, o))
 
 def _rows_in(bounds, box):
     "The rows whose bounds touch a box."
@@ -107,7 +104,8 @@ class TableFilter:
         return dates
 
 # %% ../../nbs/71b_engine.filters.ipynb #2cabea70
-def _chosen(self, where):
+@patch
+def _chosen(self:TableFilter, where):
     "The rows of a mask, ids, row numbers or a condition."
     if isinstance(where, str): return rows_matching(self.table, where)
     where, n = np.asarray(where), len(self.table)
@@ -125,7 +123,8 @@ def _chosen(self, where):
         if o not in self.rows: raise unknown_name('patch', o, self.rows)
     return np.unique([self.rows[o] for o in where.tolist()]).astype(np.int64)
 
-def _dated(self, dates):
+@patch
+def _dated(self:TableFilter, dates):
     "The rows within a span of time."
     first, last = _span(dates)
     good = self.dates.notna()
@@ -144,10 +143,10 @@ def __call__(self:TableFilter,
     "The rows that all of the filters let through."
     if label is not None and label not in self.labels:
         raise unknown_name('label in this archive', label, self.labels)
-    found = [] if where is None else [_chosen(self, where)]
+    found = [] if where is None else [self._chosen(where)]
     if label is not None: found.append(self.labels[label])
     if box is not None: found.append(_rows_in(self.bounds, box))
-    if dates is not None and tuple(dates) != (None, None): found.append(_dated(self, dates))
+    if dates is not None and tuple(dates) != (None, None): found.append(self._dated(dates))
     return reduce(np.intersect1d, found) if found else None
 
 # %% ../../nbs/71b_engine.filters.ipynb #61e2fd71

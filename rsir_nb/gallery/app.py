@@ -274,9 +274,8 @@ def show_map(self:QueryGallery,
         self.map_box.children = [_head('Where they are'), self.map.widget]
         if self.session.view is not None: self.map.show(self.session.view.ranking)
 
-def _boxed(self, box): self.controls['box'].value = ', '.join(f'{o:.5f}' for o in box)
-
-QueryGallery._boxed = _boxed
+@patch
+def _boxed(self:QueryGallery, box): self.controls['box'].value = ', '.join(f'{o:.5f}' for o in box)
 
 @patch
 def export(self:QueryGallery,

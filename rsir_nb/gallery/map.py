@@ -10,6 +10,8 @@ __all__ = ['NUMBERED', 'hit_footprints', 'corners', 'cut_of', 'side_by_side', 'b
 from typing import Callable, Sequence
 
 import numpy as np
+import shapely
+from fastcore.basics import patch
 from matplotlib.axes import Axes
 
 from ..charts import html_figure, new_axes, tell
@@ -44,12 +46,7 @@ def corners(
     feature:dict, # a GeoJSON feature
 ) -> np.ndarray: # longitudes and latitudes in degrees, (N,2)
     "All points of a feature."
-    return np.asarray(list(_points(feature['geometry']['coordinates'])), dtype=float)
-
-def _points(coordinates):
-    if not isinstance(coordinates[0], (list, tuple)): yield coordinates[:2]
-    else:
-        for o in coordinates: yield from _points(o)
+    return shapely.get_coordinates(shapely.geometry.shape(feature['geometry']))
 
 # %% ../../nbs/80d_gallery.map.ipynb #1a2628c0
 def cut_of(
@@ -229,7 +226,8 @@ def map_html(
     except InputError as e: return f'<p>{e}</p>'
 
 # %% ../../nbs/80d_gallery.map.ipynb #83f44b52
-def _show(self,
+@patch
+def show(self:HitMap,
     ranking:Ranking, # an answer
 ):
     "Draw the query and its hits, and go there."
@@ -257,7 +255,7 @@ def _show(self,
     missing = len(ranking) - sum(o['properties']['rank'] > 0 for o in features)
     self.words.value = _BARE + (f"{missing} of {len(ranking)} hits have no known place" if missing else '')
 
-HitMap.show = _show
+
 
 _BARE = '<style>.leaflet-div-icon{background:none;border:0}</style>' # pins bring their own look
 

@@ -109,7 +109,11 @@ def _prefixed(names, pairs):
     if any(k.startswith('backbone.') for k in names): return {k: k for k in names}
     return {k: k if _find(k, pairs) else f'backbone.{k}' for k in names}
 
-def _few(names, n=6):
+def few_names(
+    names:Iterable[str], # all of them
+    n:int=6, # shown
+) -> str: # e.g. 'a, b and 3 more'
+    "Some names, and how many more there are."
     names = list(names)
     return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
 
@@ -130,7 +134,7 @@ def recognise(
         strange, missing = _strange(names, layout), [o for o in layout.marks if o not in bare]
         if len(strange) < len(names): found[key] = len(strange) + len(missing), -len(layout.marks)
     if found: return min(found, key=found.get)
-    raise InputError("the names are not those of a published system", found=_few(names) or 'none',
+    raise InputError("the names are not those of a published system", found=few_names(names) or 'none',
                      wanted=' or '.join(o.title for o in LAYOUTS.values()),
                      remedy="see rsir_nb.models.names.LAYOUTS to add a system")
 
@@ -147,7 +151,8 @@ def _translate(state, pairs, what):
     "`state` with each name replaced by the entry of `pairs` that it equals or begins with."
     names = {name: _find(name, pairs) for name in state}
     strange = [name for name, new in names.items() if new is None]
-    if strange: raise InputError(f"{len(strange)} of {len(names)} names are not {what}", found=_few(strange))
+    if strange: raise InputError(f"{len(strange)} of {len(names)} names are not {what}",
+                                 found=few_names(strange))
     return {names[k]: v for k, v in state.items()}
 
 def _layout(key):

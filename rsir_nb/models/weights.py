@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import CorruptError, InputError, MissingFileError, UnsafeFileError
 from .decoder import CrossSensorDecoder
-from .names import LAYOUTS, _few, from_published_names, recognise, to_published_names
+from .names import LAYOUTS, few_names, from_published_names, recognise, to_published_names
 from .vit import MultiSensorViT
 
 # %% ../../nbs/26_models.weights.ipynb #e6656fd0
@@ -81,7 +81,7 @@ def infer_config(
     "Read the sizes of a network from the names and shapes of its tensors."
     embeds = {m: f'backbone.patch_embeds.{m}.proj.weight' for m in modalities}
     absent = [k for k in ('backbone.pos_embed', *embeds.values()) if k not in state]
-    if absent: raise InputError("the sizes do not follow from these tensors", found=f"no {_few(absent)}")
+    if absent: raise InputError("the sizes do not follow from these tensors", found=f"no {few_names(absent)}")
     shapes = {m: tuple(state[k].shape) for m, k in embeds.items()}
     (width, _, patch_size, _), n_tokens = shapes[modalities[0]], state['backbone.pos_embed'].shape[1] - 1
     grid = round(n_tokens**0.5)
@@ -101,7 +101,7 @@ def _depth(state, prefix):
     "How many blocks there are whose names begin with `prefix`."
     numbers = {k[len(prefix):].split('.')[0] for k in state if k.startswith(prefix)}
     if numbers != set(map(str, range(len(numbers)))):
-        raise InputError("blocks are not numbered one after the other", found=_few(sorted(numbers)))
+        raise InputError("blocks are not numbered one after the other", found=few_names(sorted(numbers)))
     return len(numbers)
 
 def _mlp_ratio(state, prefix, width):
@@ -198,8 +198,8 @@ def _check_marks(state, layout):
     if missing: raise _incomplete(missing, layout)
 
 def _incomplete(names, layout):
-    return InputError(f"the checkpoint of {layout.title} is incomplete", found=f"no {_few(sorted(names))}",
-                      remedy="nothing was loaded; get the whole file")
+    return InputError(f"the checkpoint of {layout.title} is incomplete",
+                      found=f"no {few_names(sorted(names))}", remedy="nothing was loaded; get the whole file")
 
 # %% ../../nbs/26_models.weights.ipynb #b22d8143
 def _check_complete(state, config, modalities, key):
@@ -213,9 +213,9 @@ def _check_complete(state, config, modalities, key):
     if odd:
         first = next(iter(odd))
         raise InputError("tensors do not fit the rest of the network", wanted=wanted.get(first, 'none'),
-                         found=f"{_few(theirs(odd))}: {odd[first]}")
+                         found=f"{few_names(theirs(odd))}: {odd[first]}")
     broken = [k for k, v in state.items() if not torch.isfinite(v).all()]
-    if broken: raise InputError("values are not finite", found=_few(theirs(broken)))
+    if broken: raise InputError("values are not finite", found=few_names(theirs(broken)))
 
 # %% ../../nbs/26_models.weights.ipynb #cc9f4003
 def _report(path, state, ours, config, layout):
@@ -245,7 +245,7 @@ def _remarks(state, ours, beside, layout):
         why = layout.ignored.get(k.removeprefix('backbone.'))
         if why: reasons.setdefault(why, []).append(k)
     for why, names in reasons.items(): yield f"left out: {', '.join(names)}, {why}"
-    if beside: yield f"left behind: {_few(beside)}, of the training and not of the network"
+    if beside: yield f"left behind: {few_names(beside)}, of the training and not of the network"
     inside = [k for k in ours if k.startswith('backbone.') and 'blocks' in k]
     biases = [ours[k] for k in inside if k.endswith('.bias')]
     if biases and not any(v.any() for v in biases):
