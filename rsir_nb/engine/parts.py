@@ -131,7 +131,8 @@ def build_method(
     legal = legal_arguments(METHODS.get(name))
     derived = dict(sensors=dict(archive.sensors), img_size=_side(archive), seed=cfg.seed,
                    optim=to_dict(cfg.optim), **_classes_for(legal, archive, cfg))
-    arguments = {**{k: v for k, v in derived.items() if k in legal}, **kwargs}
+    arguments = {**{k: v for k, v in derived.items() if k in legal},
+                 **{k: v for k, v in kwargs.items() if v is not None or k not in derived}}
     fitted = _needs_fit(name, arguments, archive)
     if fitted: arguments['norm'] = None
     with torch.random.fork_rng():

@@ -67,7 +67,7 @@ def _check_name(name):
 @dataclass(frozen=True)
 class OptimConfig:
     "Settings of the optimiser and of its learning rate's course."
-    name: str = 'adamw' # one of `OPTIMIZERS`, or of timm's factory
+    optimizer: str = 'adamw' # one of `OPTIMIZERS`, or of timm's factory
     lr: float = 1e-4 # learning rate after the warm-up
     weight_decay: float = 0.05 # on every parameter, unless `no_decay` is set
     no_decay: bool = False # whether biases and the parameters of norms are left out of the weight decay
@@ -86,7 +86,7 @@ class OptimConfig:
     def __post_init__(self):
         for key in 'betas', 'milestones': object.__setattr__(self, key, tuple(getattr(self, key)))
         object.__setattr__(self, 'options', dict(self.options or {}))
-        _check_name(self.name)
+        _check_name(self.optimizer)
         SCHEDULES.get(self.schedule)
         if self.warmup not in WARMUPS: raise unknown_name('warm-up', self.warmup, WARMUPS)
         if len(self.betas) != 2 or not all(0 <= o < 1 for o in self.betas):
@@ -242,15 +242,15 @@ def _groups(params, o):
     return made
 
 def _build(groups, o):
-    if o.name in OPTIMIZERS.list(): make = OPTIMIZERS.get(o.name)
+    if o.optimizer in OPTIMIZERS.list(): make = OPTIMIZERS.get(o.optimizer)
     else: make = _timm_optimizer
     try: return make(groups, o)
-    except (TypeError, ValueError) as e: raise InputError(f"the optimiser {o.name!r} cannot be built so",
+    except (TypeError, ValueError) as e: raise InputError(f"the optimiser {o.optimizer!r} cannot be built so",
         found=' '.join(str(e).split())[:160], remedy="look at optim.options") from e
 
 def _timm_optimizer(groups, o):
     from timm.optim import create_optimizer_v2
-    return create_optimizer_v2(groups, opt=o.name, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum,
+    return create_optimizer_v2(groups, opt=o.optimizer, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum,
                                **o.options)
 
 # %% ../../nbs/50a_methods.optim.ipynb #aa9fce8a
