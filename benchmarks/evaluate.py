@@ -91,7 +91,8 @@ def loop(ids, query_labels, item_labels, ks):
             part = np.divide(s, z, out=np.zeros(k), where=z > 0)
             pair = dict(precision=part, recall=s/size, f1=2*s/(size + z))
             at = dict(precision=p, recall=recall, pr_f1=ratio(2*p*recall, p + recall),
-                      map=ratio(ap, possible), hit=r.any(), m2_wap=ratio((np.cumsum(s)/ranks[:k]**2*r).sum(), r.sum()),
+                      map=ratio(ap, possible), hit=r.any(),
+                      m2_wap=ratio((np.cumsum(s)/ranks[:k]**2*r).sum(), r.sum()),
                       map_found=ratio(ap, r.sum()), ndcg=ratio(dcg(shared), dcg(best)),
                       ndcg_retrieved=ratio(dcg(shared), dcg(in_best_order)), acg=s.mean(),
                       wap=ratio((np.cumsum(s)/ranks[:k]*r).sum(), r.sum()),

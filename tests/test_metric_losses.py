@@ -166,3 +166,33 @@ def test_extra_losses_are_registered():
     (lambda: make_loss("label_bce"), InputError, "needs embed_dim"), (lambda: TripletMarginLoss()(embeddings(), classes(5)), InputError, "belong")])
 def test_what_is_refused(make, error, word):
     with pytest.raises(error, match=word): make()
+
+
+# on a GPU -----------------------------------------------------------------------------------------
+
+CLASSY = ["cosine_softmax", "arcface", "dynm_arcface", "li_arcface", "adacos", "curricularface", "adaface", "label_bce"]
+GIVEN = dict(embed_dim=8, n_classes=6, n_items=24, class_counts=[4, 9, 9, 20, 30, 40])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine")
+@pytest.mark.parametrize("name", [*NAMES, *CLASSY, "binomial_deviance", "memory_nca", "fast_moco"])
+@pytest.mark.parametrize("miner", ["semi_hard", "distance_weighted", "multi_label_semi_hard", "intra_random", "shuffled_labels"])
+def test_a_gpu_finds_the_same_pairs_and_losses(name, miner):
+    found = {}
+    for device in "cpu", "cuda":
+        torch.manual_seed(0)
+        z, y = embeddings().to(device), classes().to(device)
+        spec = dict(name=name, multi_label=False) if name == "memory_nca" else name
+        loss = make_loss(spec, **GIVEN).to(device)
+        if name == "memory_nca": loss.update(z, y, torch.arange(24))
+        if name == "fast_moco": loss.update(z)
+        extra = dict(memory_nca=dict(rows=torch.arange(24)), fast_moco=dict(keys=z.flip(0))).get(name, {})
+        pairs = make_miner(miner)(z, y, rng())
+        x = z.clone().requires_grad_()
+        value = loss(x, y, pairs, **extra)
+        value.backward()
+        found[device] = [o.cpu() for o in pairs], value.item(), x.grad.cpu()
+    assert all(torch.equal(a, b) for a, b in zip(found["cpu"][0], found["cuda"][0], strict=True))
+    assert found["cuda"][1] == pytest.approx(found["cpu"][1], rel=1e-4)
+    torch.testing.assert_close(found["cuda"][2], found["cpu"][2], rtol=1e-3, atol=1e-4)

@@ -102,6 +102,15 @@ def test_fused_embeddings_are_no_partners_of_their_own_parts():
     found = score_embeddings(z, classes, ["partner_r@1", "p@1"])
     assert {k for k in found if k.startswith("partner")} == {"partner_r@1", "partner_r@1/s1->s2", "partner_r@1/s2->s1"}
     assert len([k for k in found if k.startswith("p@1/")]) == 9
+    x = {m: np.zeros((30, c, 4, 4), np.float32) for m, c in dict(s1=2, s2=10).items()}
+    seen = [["s1"] if i % 3 == 0 else ["s1", "s2"] for i in range(30)]
+    archive = TensorArchive(x, labels=[[f"class {o}"] for o in classes], modalities=seen)
+    z = {"s1": z["s1"], "s2": z["s2"], "both": z["s1+s2"]}   # a name that says nothing: made of all sensors
+    by_archive = score_embeddings(z, archive, ["partner_r@1", "p@1"])
+    present = dict(s1=np.ones(30, bool), s2=np.arange(30) % 3 > 0, both=np.ones(30, bool))
+    assert {k for k in by_archive if k.startswith("partner")} == {"partner_r@1", "partner_r@1/s1->s2", "partner_r@1/s2->s1"}
+    wanted = score_embeddings(z, classes, ["p@1"], present=present)
+    assert {k: v for k, v in by_archive.items() if k.startswith("p@1")} == wanted
 
 
 def test_sensors_of_different_width_are_compared_with_themselves_alone():

@@ -168,6 +168,13 @@ def test_directions_between_sensors(store):
     for d in found: np.testing.assert_array_equal(d.items[d.own], d.queries)
 
 
+def test_fused_embeddings_are_no_partners_of_their_sensors(store, tmp_path):
+    z = {m: np.asarray(x) for m, x in store.embeddings.items()}
+    table = store.table.drop(columns=["has_s1", "has_s2"])
+    fused = CodeStore.write(tmp_path/"fused", {}, table, "w", embeddings={**z, "both": z["s1"] + z["s2"]}, provenance=dict(joint=dict(both=["s1", "s2"])))
+    assert [o.name for o in partner_directions(fused, "csmae")] == ["s1->s2", "s2->s1"]
+
+
 def test_an_archive_without_labels_is_evaluated_by_its_pairs(store, tmp_path):
     found = evaluate_store(store, "csmae", "ours", drawings=50)
     assert (found.headline, len(found.table), found.curves) == ("partner_r", 0, [])
@@ -259,7 +266,7 @@ def test_a_folder_of_unlabelled_pairs_from_the_command_line(runs, capsys):
     assert set(told) == {"s1->s2", "s2->s1"} and set(table.system) == {"csmae", "band_cca", "chance"}
     assert main(["report", str(runs[0]), "evaluate.drawings=20"]) == 0
     page = re.sub(r"data:image/[^\"]+", "", (runs[0]/"report.html").read_text())
-    assert "The other sensor's image of the same patch" in page and "Margins in R@10" in page
+    assert "asks for its own image by the other one" in page and "Margins in R@10" in page
     assert "All scores" not in page and "mAP" not in page and "no labels" in page
 
 

@@ -6,7 +6,8 @@ import pytest
 from engine_run import TINY, tiny_config
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash
-from rsir_nb.engine.report import margins_table, verdict, write_report
+from rsir_nb.engine.report import write_report
+from rsir_nb.engine.verdict import margins_table, verdict
 from rsir_nb.engine.train import pretrain
 
 

@@ -14,7 +14,7 @@ from rsir_nb.data.vessels import VesselArchive, read_split_lists, write_vessels
 from rsir_nb.engine.hash import paired_labels, train_hash
 from rsir_nb.engine.protocols import Protocol, System, directions, get_protocol, store_labels
 from rsir_nb.engine.scoring import score_direction
-from rsir_nb.metrics.labels import shared_labels
+from rsir_nb.metrics.labels import pair_overlap
 from rsir_nb.engine.train import pretrain
 from rsir_nb.losses.hashing import label_relevance, supervised_hash_loss, zero_one_loss
 from rsir_nb.methods.baselines import BandQuantiles
@@ -258,7 +258,7 @@ def test_hits_of_the_own_group_are_left_out(store):
         row = store.table.id.tolist().index(name)
         others = np.flatnonzero(place != place[row])
         best = others[np.argsort(dist[row, others], kind="stable")]
-        relevant = shared_labels(labels, best, row) > 0
+        relevant = pair_overlap(labels, best, row) > 0
         at = result.ks.index(10)
         assert result.scores["precision"][i, at] == pytest.approx(relevant[:10].mean())
         assert result.scores["recall"][i, at] == pytest.approx(relevant[:10].sum()/relevant.sum())

@@ -151,9 +151,11 @@ def partner_directions(
 ) -> list[Direction]: # of two different sensors; `own` is where each query's partner stands
     "Every direction in which a patch can be asked for its own image by another sensor."
     answers, found = _in_split(store, get_protocol(protocol).archive), []
+    fused = store.provenance.get('joint', {})
+    parts = {m: set(fused.get(m, [m])) for m in store.modalities}
     for s in store.modalities:
         for t in store.modalities:
-            if set(s.split('+')) & set(t.split('+')): continue
+            if parts[s] & parts[t]: continue
             items = np.flatnonzero(answers & store.present(t))
             queries = items[store.present(s)[items]]
             if len(queries): found.append(Direction(s, t, queries, items, np.searchsorted(items, queries)))

@@ -18,7 +18,7 @@ from ..core import InputError, make_rng
 from ..engine.evaluation import arrows
 from ..engine.protocols import store_labels
 from .projection import store_vectors
-from ..metrics.labels import label_sizes, shared_labels
+from ..metrics.labels import label_sizes, pair_overlap
 from ..retrieval.codes import CodeStore
 from ..retrieval.distances import make_distance
 from ..style import THEMES
@@ -150,7 +150,7 @@ def pair_distances(
     return found
 
 def _share(labels, a, b, step=100_000):
-    parts = [shared_labels(labels, a[i:i + step], b[i:i + step]) > 0 for i in range(0, len(a), step)]
+    parts = [pair_overlap(labels, a[i:i + step], b[i:i + step]) > 0 for i in range(0, len(a), step)]
     return np.concatenate(parts)
 
 def _distances(store, source, target, a, b):

@@ -76,12 +76,13 @@ def check_metrics(
 ) -> list[NamedMetric]: # the metrics meant
     "Raise an `InputError` if an archive cannot give one of the scores."
     seen = {m: archive.has(m) for m in archive.sensors}
-    return _checked(names, archive_labels(archive), seen)
+    return _checked(names, archive_labels(archive), seen, {m: {m} for m in seen})
 
-def _checked(names, labels, seen):
+def _checked(names, labels, seen, parts):
     "The metrics, if labels and pairs of sensors suffice for them."
-    found, pairs = [make_metric(o) for o in names], [a & b for _, a, _, b in _pairs(seen)]
-    n_pairs = max([int(o.sum()) for o in pairs], default=0)
+    found = [make_metric(o) for o in names]
+    pairs = [(s, t) for s in seen for t in seen if not parts[s] & parts[t]]
+    n_pairs = max([int((seen[s] & seen[t]).sum()) for s, t in pairs], default=0)
     there = (f"sensors {', '.join(seen)}, {n_pairs:,} patches seen by two of them, "
              f"{'no ' if labels is None else ''}labels")
     for o in found:
@@ -93,10 +94,10 @@ def _checked(names, labels, seen):
             raise InputError(f"{o.name} needs labels", found=there, remedy=other)
     return found
 
-def _pairs(seen):
-    "Ordered pairs of sensors that share no part, with the patches each of them has seen."
-    parts = lambda m: set(m.split('+'))
-    return [(s, seen[s], t, seen[t]) for s in seen for t in seen if not parts(s) & parts(t)]
+def _parts(modality, archive):
+    "The sensors that embeddings are made of; all of an archive that has none of that name."
+    named, there = set(modality.split('+')), getattr(archive, 'sensors', None)
+    return named if there is None else named & set(there) or set(there)
 
 # %% ../../nbs/44f_metrics.named.ipynb #1ed985a8
 def score_embeddings(
@@ -109,14 +110,16 @@ def score_embeddings(
 ) -> dict[str, float]: # 'map@10' -> mean over directions, and 'map@10/s1->s2' -> of one, for every name
     "Scores of embeddings by name, leave-one-out."
     labels = archive_labels(archive)
-    if present is None and hasattr(archive, 'has'): present = {m: archive.has(m) for m in z}
+    parts = {m: _parts(m, archive) for m in z}
+    if present is None and hasattr(archive, 'has'):
+        present = {m: np.any([archive.has(o) for o in parts[m]], axis=0) for m in z}
     seen = {m: np.ones(len(x), bool) if present is None else np.asarray(present[m]) for m, x in z.items()}
     _same_rows(z, labels)
-    metrics, compare, found = _checked(names, labels, seen), make_distance(distance), {}
+    metrics, compare, found = _checked(names, labels, seen, parts), make_distance(distance), {}
     z = {m: compare.prepare(np.asarray(x)[seen[m]], f'embeddings of {m}') for m, x in z.items()}
     for of, score in dict(rankings=_of_rankings, partners=_of_partners, embeddings=_of_clusters).items():
         some = [o for o in metrics if o.metric.of == of]
-        if some: found |= score(some, z, seen, labels, compare, directions)
+        if some: found |= score(some, z, seen, parts, labels, compare, directions)
     return {k: v for o in metrics for k, v in found.items() if k.split('/')[0] == o.name}
 
 def _same_rows(z, labels):
@@ -125,9 +128,9 @@ def _same_rows(z, labels):
                                                        wanted="one row per patch of the archive")
 
 # %% ../../nbs/44f_metrics.named.ipynb #3c0b78dc
-def _ways(z, seen, wanted, what, across=False):
-    "The directions that are asked for, of embeddings with one width."
-    known = [(s, t) for s in z for t in z if not across or not set(s.split('+')) & set(t.split('+'))]
+def _ways(z, wanted, what, parts=None):
+    "The directions asked for, of embeddings with one width and, given `parts`, of different sensors."
+    known = [(s, t) for s in z for t in z if parts is None or not parts[s] & parts[t]]
     names = [f'{s}->{t}' for s, t in known]
     for o in wanted or ():
         if o not in names: raise unknown_name('direction', o, names)
@@ -142,22 +145,23 @@ def _averaged(name, values):
     values = {k: float(v) for k, v in values.items()}
     return {name: float(np.nanmean([*values.values()])), **{f'{name}/{k}': v for k, v in values.items()}}
 
-def _of_rankings(metrics, z, seen, labels, compare, directions):
+def _of_rankings(metrics, z, seen, parts, labels, compare, directions):
     "Scores by labels, every patch against all others."
     sets, values = LabelSets(labels), {o.name: {} for o in metrics}
-    for way, s, t in _ways(z, seen, directions, metrics[0].name):
+    for way, s, t in _ways(z, directions, metrics[0].name):
         items, asks = np.flatnonzero(seen[t]), np.flatnonzero(seen[s] & seen[t] & (label_sizes(labels) > 0))
         own = np.searchsorted(items, asks)
         n = len(items) - 1
         if n < 1 or not len(asks): continue
         ks = {o.name: min(o.k or n, n) for o in metrics}
         whole = any(o.metric.needs or not o.k for o in metrics)
-        depth, parts = n if whole else max(ks.values()), _with_parts(metrics)
+        depth = n if whole else max(ks.values())
         xq = z[s][np.searchsorted(np.flatnonzero(seen[s]), asks)]
         dists, ids = compare.nearest(xq, z[t], depth + 1)
         ids, dists = drop_own(ids, own, dists)
         depths = sorted({*ks.values()})
-        scores = Scorer(sets.take(asks), sets.take(items), depths, depth, parts, own)(ids, slice(None), dists)
+        score = Scorer(sets.take(asks), sets.take(items), depths, depth, _with_parts(metrics), own)
+        scores = score(ids, slice(None), dists)
         for o in metrics:
             at = depths.index(ks[o.name])
             means = [np.nanmean(scores[p][:, at]) for p in o.metric.parts or [o.metric.name]]
@@ -170,10 +174,10 @@ def _with_parts(metrics):
     return list(dict.fromkeys(p for o in metrics for p in o.metric.parts or [o.metric.name]))
 
 # %% ../../nbs/44f_metrics.named.ipynb #b6e79b2a
-def _of_partners(metrics, z, seen, labels, compare, directions):
+def _of_partners(metrics, z, seen, parts, labels, compare, directions):
     "Scores by the partners of another sensor."
     values = {o.name: {} for o in metrics}
-    for way, s, t in _ways(z, seen, directions, metrics[0].name, across=True):
+    for way, s, t in _ways(z, directions, metrics[0].name, parts):
         both = np.flatnonzero(seen[s] & seen[t])
         if not len(both): continue
         asks, own = (np.searchsorted(np.flatnonzero(seen[m]), both) for m in (s, t))
@@ -183,7 +187,7 @@ def _of_partners(metrics, z, seen, labels, compare, directions):
             values[o.name][way] = np.median(each) if o.metric.over == 'median' else np.mean(each)
     return {k: v for o in metrics for k, v in _averaged(o.name, values[o.name]).items()}
 
-def _of_clusters(metrics, z, seen, labels, compare, directions):
+def _of_clusters(metrics, z, seen, parts, labels, compare, directions):
     "Scores of the embeddings of each sensor."
     found = {}
     for o in metrics:

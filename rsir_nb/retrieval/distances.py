@@ -109,7 +109,7 @@ def ranks(self:Distance,
 # %% ../../nbs/41d_retrieval.distances.ipynb #0afd1bb0
 @patch
 def _blocks(self:Distance, xq, x):
-    for i in range(0, len(xq), step := max(1, 2**24 // max(1, len(x)))):
+    for i in range(0, len(xq), step := max(1, 2**22 // max(1, len(x)))):
         rows = slice(i, i + step)
         yield rows, np.asarray(self.pairwise(xq[rows], x), np.float32)
 
@@ -167,7 +167,7 @@ class ProposedDistance(Distance):
 
     def pairs(self, xq:np.ndarray, x:np.ndarray, query:np.ndarray, at:np.ndarray) -> np.ndarray:
         out = np.empty(len(at), dtype=np.float32)
-        for i in range(0, len(at), step := max(1, 2**22 // x.shape[1])):
+        for i in range(0, len(at), step := max(1, 2**18 // x.shape[1])):
             some = slice(i, i + step)
             out[some] = self.exact(xq[query[some]].astype(np.float64), x[at[some]].astype(np.float64))
         return out
@@ -210,7 +210,7 @@ def within(self:ProposedDistance,
     "All pairs that are at most `radius` apart, query by query in order of the rows."
     found = [(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64))]
     slack = self.slack(xq, x)
-    for i in range(0, len(xq), step := max(1, 2**24 // max(1, len(x)))):
+    for i in range(0, len(xq), step := max(1, 2**22 // max(1, len(x)))):
         query, at = np.nonzero(self.rough(xq[i:i + step], x) <= radius + slack[i:i + step, None])
         d = self.pairs(xq, x, query := query + i, at)
         inside = d <= radius
@@ -224,9 +224,9 @@ def ranks(self:ProposedDistance,
     own:np.ndarray, # for each query the row of `x` that is looked for, (Q,)
 ) -> np.ndarray: # int64 (Q,), from 1
     "At which place each query finds the row it looks for, equal distances in the order of the rows."
-    own, found, slack = np.asarray(own), np.ones(len(xq), np.int64), self.slack(xq, x)
+    own, found, slack = np.asarray(own), np.ones(len(xq), np.int64), np.float32(self.slack(xq, x))
     mine = self.pairs(xq, x, np.arange(len(xq)), own)
-    for i in range(0, len(xq), step := max(1, 2**24 // max(1, len(x)))):
+    for i in range(0, len(xq), step := max(1, 2**22 // max(1, len(x)))):
         rows = slice(i, i + step)
         gap = self.rough(xq[rows], x) - mine[rows, None]
         found[rows] += (gap < -slack[rows, None]).sum(1)
