@@ -58,7 +58,7 @@ def atlas_command(
 def sweep_command(
     config:ConfigName, # what is trained
     changes:Annotated[list[str], typer.Argument(help="key=value; key=a,b,c is varied.")], # the grid
-    out:Annotated[Path, typer.Option(help="Folder of the runs, sweep.csv and sweep.html.")]='runs/sweep', # where
+    out:Annotated[Path, typer.Option(help="Folder of runs, sweep.csv, sweep.html.")]='runs/sweep', # where
     by:Annotated[str, typer.Option(help="What decides: mAP, 'F1 (M1)', P@10, R@1, R@10.")]=None, # the column
     bits:Annotated[str, typer.Option(help="Also codes of these lengths, e.g. 64,128.")]='', # lengths
     dry_run:DryRun=False, # only show the settings

@@ -104,7 +104,7 @@ def test_the_installed_command_runs():
     ("pretrain demo trainer.num_workers=-1 --dry-run", "num_workers"),
     ("pretrain demo trainer.clip=-1 --dry-run", "trainer.clip"),
     ("pretrain demo data.sensors=[] data.n_places=3", "archive is empty"),
-    ("pretrain demo method.patch_size=0 data.n_places=3 data.patches_per_place=1", "cannot be built so"),
+    ("pretrain demo method.patch_size=0 data.n_places=3 data.patches_per_place=1", "a token needs pixels"),
     ("pretrain demo method.mask_ratio=0 data.n_places=3 data.patches_per_place=1", "mask_ratio"),
     ("pretrain vessels data.root=nowhere", "nowhere"),
     ("pretrain demo evaluate.metrics=map --dry-run", "wanted list"),

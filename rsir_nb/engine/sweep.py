@@ -26,7 +26,7 @@ from ..html import html_page, html_table
 from ..retrieval.codes import CodeStore
 
 # %% auto #0
-__all__ = ['SCORES', 'log', 'fork_run', 'method_stores', 'score_rows', 'score_settings', 'on_store', 'read_grid', 'sweep_configs',
+__all__ = ['SCORES', 'fork_run', 'method_stores', 'score_rows', 'score_settings', 'on_store', 'read_grid', 'sweep_configs',
            'sweep', 'show_sweep', 'sweep_page']
 
 # %% ../../nbs/77a_engine.sweep.ipynb #92fcca21
@@ -136,6 +136,7 @@ def on_store(
     write_store(build_archive(whole), path, size=whole.get('img_size', 120), progress=progress)
     return OmegaConf.create({**to_dict(cfg), 'data': dict(name='store', path=str(path), sensors=sensors)})
 
+# %% ../../nbs/77a_engine.sweep.ipynb #2729872f
 log = logging.getLogger(__name__)
 
 # %% ../../nbs/77a_engine.sweep.ipynb #463447ac
