@@ -62,6 +62,7 @@ class TrainerConfig:
     strategy:str = 'auto' # how several devices work together: 'ddp', 'ddp_spawn', ...
     num_nodes:int = 1 # machines
     num_workers:int = 0 # processes that read patches, for each device
+    cache:bool = True # compute the embeddings of a method's frozen part once, not in every epoch
     augment:Any = True # random flips (True), none (False), or a list of `AUGMENTATIONS`
     views:int = 1 # differently augmented copies of a patch in a batch; the second is `<modality>_view`
     sampler:Any = None # how batches are drawn: a name of `SAMPLERS`, or {name:, ...}; the method's by default

@@ -49,7 +49,6 @@ class Method(nn.Module):
     distance = 'cosine' # how embeddings are compared
     training_only = () # parts that only training needs: first words of their names in `state_dict`
     sampler = None # how batches are drawn unless the config says: a name of `SAMPLERS`, or dict(name=, ...)
-    frozen = None # a `Method` in it that never learns; where it is set, its embeddings are computed once
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -71,6 +70,7 @@ class Method(nn.Module):
         self.sensors, self.img_size = self.inputs.sensors, img_size
         self.optim, self.seed = make_optim(optim), seed
         self.embed_dim, self.heads, self.joint, self.lacks = None, None, {}, ()
+        self.frozen, self.cached = None, False # a part that never learns; whether batches hold its embeddings
         self.epoch, self.rank = 0, 0 # where the training is; the loop sets them
         self.__dict__['_fingerprint'] = Fingerprint()
 
@@ -89,7 +89,22 @@ class Method(nn.Module):
         modality:str, # which sensor made them
     ) -> Tensor: # embeddings, (B,D)
         "What a subclass is about; called by `embed`, with gradients by `losses`."
-        raise InputError(f"{type(self).__name__} has no encode", wanted="encode(self, x, modality) -> (B,D)")
+        if self.frozen is None: raise InputError(f"{type(self).__name__} has no encode",
+                                                 wanted="encode(self, x, modality) -> (B,D)")
+        return self.top(self.frozen.encode(self.frozen.prepare(x, modality), modality), modality)
+
+    def top(self,
+        z:Tensor, # embeddings of the frozen part, (B,E)
+        modality:str, # which sensor made the images
+    ) -> Tensor: # embeddings, (B,D)
+        "What a subclass with a frozen part is about."
+        return z
+
+    def train(self, mode:bool=True) -> Method: # itself
+        "Put it into training mode, but for a frozen part."
+        super().train(mode)
+        if self.frozen is not None: self.frozen.eval()
+        return self
 
 # %% ../../nbs/50b_methods.base.ipynb #1c9e8ee0
 @patch
@@ -114,10 +129,12 @@ def _embed_one(method, x, modality):
     if modality in method.joint: raise InputError(f"{modality} is fused of several sensors",
         found=f"images of one, {tuple(np.shape(x))}",
         wanted=f"a dict of {' and '.join(method.joint[modality])}")
-    x = method.inputs.check(x, modality, method.device)
+    if method.cached: x, look = x.flatten(1).to(method.device), lambda rows: method.top(rows, modality)
+    else:
+        x = method.inputs.check(x, modality, method.device)
+        look = lambda rows: method.encode(method.prepare(rows, modality), modality)
     on_cpu = method.device.type == 'cpu'
     block, pad = (len(x), method.least_batch) if on_cpu else (method.gpu_batch, method.gpu_batch)
-    look = lambda rows: method.encode(method.prepare(rows, modality), modality)
     with evaluating(method): return _checked_rows(in_blocks(look, x, block, pad), method, len(x), modality)
 
 def _checked_rows(z, method, n, modality):
@@ -185,6 +202,15 @@ def hash(self:Method,
     if modality not in self.heads: raise unknown_name('modality with a hash head', modality, self.heads)
     x = embedding.to(self.device, torch.float32)
     with evaluating(self): return in_blocks(self.heads[modality], x, self.gpu_batch, self.gpu_batch)
+
+# %% ../../nbs/50b_methods.base.ipynb #e4f76129
+@patch
+def frozen_rows(self:Method,
+    batch:Mapping, # modality -> images in raw units, (B,C,H,W), or their frozen embeddings, (B,E,1,1)
+) -> dict[str, Tensor]: # sensor -> embeddings of the frozen part, (B,E)
+    "What the frozen part makes of a batch, or has made of it."
+    seen = {m: batch[m] for m in self.sensors if m in batch}
+    return {m: x.flatten(1) if self.cached else self.frozen.embed(x, m) for m, x in seen.items()}
 
 # %% ../../nbs/50b_methods.base.ipynb #68becf64
 @patch
