@@ -10,22 +10,22 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import (METHODS, CorruptError, InputError, Registry, atomic_path, legal_arguments,
-                          make_rng, read_json, unknown_name)
+                          read_json, unknown_name)
 from ..machine import keep_freed_memory
 from .inputs import InputAdapter
 from .optim import OptimConfig, make_optim
 from ..models.fingerprint import Fingerprint
 from ..models.rowwise import evaluating, in_blocks
 from ..models.saving import fill_saved, plain, registered_name
+from ..models.trainable import Trainable
 
 # %% auto #0
 __all__ = ['HEADS', 'FORMAT', 'Method']
@@ -41,7 +41,7 @@ def _arguments(cls, args, kwargs):
     return found
 
 # %% ../../nbs/50b_methods.base.ipynb #dd93dcc5
-class Method(nn.Module):
+class Method(Trainable):
     "Turns images of one sensor, or of several together, into embeddings; base of every method."
     needs_training = True # whether it has an objective to be trained with
     least_batch = 64 # images that a batch is filled up to on a CPU
@@ -71,7 +71,6 @@ class Method(nn.Module):
         self.optim, self.seed = make_optim(optim), seed
         self.embed_dim, self.heads, self.joint, self.lacks = None, None, {}, ()
         self.frozen, self.cached = None, False # a part that never learns; whether batches hold its embeddings
-        self.epoch, self.rank = 0, 0 # where the training is; the loop sets them
         self.__dict__['_fingerprint'] = Fingerprint()
 
     @property
@@ -211,63 +210,6 @@ def frozen_rows(self:Method,
     "What the frozen part makes of a batch, or has made of it."
     seen = {m: batch[m] for m in self.sensors if m in batch}
     return {m: x.flatten(1) if self.cached else self.frozen.embed(x, m) for m, x in seen.items()}
-
-# %% ../../nbs/50b_methods.base.ipynb #68becf64
-@patch
-def losses(self:Method,
-    batch:dict, # modality -> images in raw units, (B,C,H,W)
-    generator:torch.Generator|None=None, # for the random numbers, on the CPU
-) -> dict[str, Tensor]: # 'loss', the total, and its terms
-    "The training objective; a method without one says so."
-    raise InputError(f"{type(self).__name__} has no training objective",
-                     remedy="use it as it is, or call its fit(archive)")
-
-@patch
-def step_generator(self:Method,
-    *purpose:Any, # what the numbers are for
-) -> torch.Generator: # on the CPU
-    "Random numbers of this step, rank and `purpose`; a resumed training draws the same ones."
-    return torch.Generator().manual_seed(int(make_rng(self.seed, *purpose, self.global_rank).integers(2**62)))
-
-# %% ../../nbs/50b_methods.base.ipynb #0f04ecdf
-@patch
-def start_training(self:Method,
-    train, # the training archive; a batch's `row` is a row of it
-):
-    "Called once, before a resumed training gets its weights; allocate here what depends on the archive."
-
-@patch
-def start_epoch(self:Method,
-    epoch:int, # its number
-):
-    "Called before each epoch."
-
-@patch
-def after_step(self:Method,
-    batch:dict, # what was learned from
-):
-    "Called when the weights have moved: the place for memory banks and slowly following copies."
-
-@patch
-def optimisers(self:Method) -> dict[str, tuple]: # name -> (parameters or groups, `OptimConfig`)
-    "Which parameters learn, and how; groups may have a `lr_scale`. The first optimiser is the main one."
-    return dict(main=(self.parameters(), self.optim))
-
-@patch
-def steps(self:Method,
-    batch:dict, # modality -> images in raw units, (B,C,H,W)
-    generator:torch.Generator|None=None, # for the random numbers, on the CPU
-):
-    "Yield an optimiser's name and the terms that it lowers; the next are computed after its step."
-    yield 'main', self.losses(batch, generator=generator)
-
-# %% ../../nbs/50b_methods.base.ipynb #e82df175
-@patch
-def step_generator(self:Method,
-    *purpose:Any, # what the numbers are for
-) -> torch.Generator: # on the CPU
-    "Random numbers of this rank and `purpose`; a resumed training draws the same ones."
-    return torch.Generator().manual_seed(int(make_rng(self.seed, *purpose, self.rank).integers(2**62)))
 
 # %% ../../nbs/50b_methods.base.ipynb #f2929bd8
 @patch

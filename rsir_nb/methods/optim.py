@@ -250,8 +250,8 @@ def _build(groups, o):
 
 def _timm_optimizer(groups, o):
     from timm.optim import create_optimizer_v2
-    return create_optimizer_v2(groups, opt=o.optimizer, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum,
-                               **o.options)
+    return create_optimizer_v2(groups, opt=o.optimizer, lr=o.lr, weight_decay=o.weight_decay,
+                               momentum=o.momentum, **o.options)
 
 # %% ../../nbs/50a_methods.optim.ipynb #aa9fce8a
 def make_optimizer(
