@@ -92,13 +92,6 @@ class Method(Trainable):
                                                  wanted="encode(self, x, modality) -> (B,D)")
         return self.top(self.frozen.encode(self.frozen.prepare(x, modality), modality), modality)
 
-    def top(self,
-        z:Tensor, # embeddings of the frozen part, (B,E)
-        modality:str, # which sensor made the images
-    ) -> Tensor: # embeddings, (B,D)
-        "What a subclass with a frozen part is about."
-        return z
-
     def train(self, mode:bool=True) -> Method: # itself
         "Put it into training mode, but for a frozen part."
         super().train(mode)
@@ -203,6 +196,14 @@ def hash(self:Method,
     with evaluating(self): return in_blocks(self.heads[modality], x, self.gpu_batch, self.gpu_batch)
 
 # %% ../../nbs/50b_methods.base.ipynb #e4f76129
+@patch
+def top(self:Method,
+    z:Tensor, # embeddings of the frozen part, (B,E)
+    modality:str, # which sensor made the images
+) -> Tensor: # embeddings, (B,D)
+    "What a subclass with a frozen part is about."
+    return z
+
 @patch
 def frozen_rows(self:Method,
     batch:Mapping, # modality -> images in raw units, (B,C,H,W), or their frozen embeddings, (B,E,1,1)

@@ -54,14 +54,6 @@ class Trainable(nn.Module):
         "Yield an optimiser's name and the terms it lowers; the next are computed after its step."
         yield 'main', self.losses(batch, generator=generator)
 
-    def losses(self,
-        batch:dict, # modality -> images in raw units, (B,C,H,W)
-        generator:torch.Generator|None=None, # for the random numbers, on the CPU
-    ) -> dict[str, Tensor]: # 'loss', the total, and its terms
-        "The training objective; a method without one says so."
-        raise InputError(f"{type(self).__name__} has no training objective",
-                         remedy="use it as it is, or call its fit(archive)")
-
     def step_generator(self,
         *purpose:Any, # what the numbers are for
     ) -> torch.Generator: # on the CPU
