@@ -25,12 +25,13 @@ from ..data.base import Archive, TensorArchive
 from ..data.module import ArchiveData
 from .encode import encode
 from .loop import RetrievalMonitor, Training
-from .parts import TrainerConfig, build_archive, build_method, split_of, trainer_config
+from .parts import (TrainerConfig, build_archive, build_method, monitored, split_of,
+                                  trainer_config)
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepEpochs, RunBar,
                                  StopEarly, last_checkpoint, make_wandb)
 from ..methods.base import Method
 from ..methods.hashing import feature_sensor
-from ..metrics.named import check_metrics, is_metric, make_metric, score_embeddings
+from ..metrics.named import check_metrics, is_metric, score_embeddings
 from ..methods.optim import make_optim
 from ..retrieval.codes import CodeStore
 declare_torchvision_ops()
@@ -38,8 +39,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 # %% auto #0
-__all__ = ['config_changes', 'pretrain', 'fit_method', 'CachedArchive', 'cache_features', 'monitored', 'make_data',
-           'make_trainer', 'quiet_lightning', 'first_pairs', 'read_history']
+__all__ = ['config_changes', 'pretrain', 'fit_method', 'CachedArchive', 'cache_features', 'make_data', 'make_trainer',
+           'quiet_lightning', 'first_pairs', 'read_history']
 
 # %% ../../nbs/70d_engine.train.ipynb #c5f2db59
 def config_changes(
@@ -198,18 +199,6 @@ def cache_features(
     return CachedArchive(store, archive)
 
 # %% ../../nbs/70d_engine.train.ipynb #8d942b38
-def monitored(
-    o:TrainerConfig, # how the data is gone through
-) -> tuple[str|None, str]: # what decides which epoch is best, and whether it is the lowest or the highest
-    "Name and direction of `trainer.monitor`."
-    if not o.val_split: return None, 'min'
-    name = o.monitor or 'val/loss'
-    name = name if '/' in name else f'val/{name}'
-    if o.mode != 'auto': return name, o.mode
-    told = name.removeprefix('val/')
-    if '@' in told or is_metric(told): return name, make_metric(told).mode
-    return name, 'min'
-
 def _retrieval(monitor, data):
     "What scores the validation split, where a metric of retrieval decides."
     name = (monitor or '').removeprefix('val/')
