@@ -49,6 +49,7 @@ class Method(Trainable):
     distance = 'cosine' # how embeddings are compared
     training_only = () # parts that only training needs: first words of their names in `state_dict`
     sampler = None # how batches are drawn unless the config says: a name of `SAMPLERS`, or dict(name=, ...)
+    from_images = () # fusions of `joint` that are computed from images, not from the sensors' embeddings
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -110,10 +111,10 @@ def embed(self:Method,
     parts = {m: _embed_one(self, x[m], m) for m in wanted if m in x}
     if not parts: raise InputError("no image of this method's sensors", wanted=' or '.join(wanted),
                                    found=', '.join(map(str, x)) or 'none')
-    if modality in self.joint: return self.fused(parts, modality)
+    if modality in self.joint: return self.fused(parts, modality, x)
     if modality is not None: return parts[modality]
     some = [j for j, of in self.joint.items() if any(m in parts for m in of)]
-    return parts | {j: self.fused(parts, j) for j in some}
+    return parts | {j: self.fused(parts, j, x) for j in some}
 
 # %% ../../nbs/50b_methods.base.ipynb #ddae5de4
 def _embed_one(method, x, modality):
@@ -159,13 +160,37 @@ def fuse(self:Method,
 def fused(self:Method,
     parts:Mapping[str, Tensor], # modality -> embeddings of `embed`, (B,D), row by row the same places
     name:str, # one of `joint`
+    images:Mapping[str, Tensor]|None=None, # modality -> images in raw units, (B,C,H,W), for `from_images`
 ) -> Tensor: # embeddings, (B,D)
     "Fused embeddings, the same whatever else is in the batch."
-    z = {m: parts[m].to(self.device) for m in self.joint[name] if m in parts}
+    early = name in self.from_images
+    if early and images is None: raise InputError(f"{name} is computed from images", found="embeddings",
+                                                  wanted=f"images of {' or '.join(self.joint[name])}")
+    z = _images_of(self, images, name) if early else {m: o.to(self.device) for m, o in parts.items()}
+    z = {m: z[m] for m in self.joint[name] if m in z}
     widths, rows = [o.shape[1] for o in z.values()], torch.cat(list(z.values()), 1)
-    join = lambda x: self.fuse(dict(zip(z, x.split(widths, 1), strict=True)), name)
+    def join(x):
+        some = dict(zip(z, x.split(widths, 1), strict=True))
+        if not early: return self.fuse(some, name)
+        return self.encode_together({m: self.prepare(o, m) for m, o in some.items()}, name)
+    pad = self.least_batch if early and self.device.type == 'cpu' else self.gpu_batch
     with evaluating(self):
-        return _checked_rows(in_blocks(join, rows, self.gpu_batch, self.gpu_batch), self, len(rows), name)
+        return _checked_rows(in_blocks(join, rows, max(pad, self.gpu_batch), pad), self, len(rows), name)
+
+# %% ../../nbs/50b_methods.base.ipynb #8d2f6b13
+@patch
+def encode_together(self:Method,
+    x:dict, # sensor -> normalised images, (B,C,H,W); of those sensors in `joint[name]` that are there
+    name:str, # one of `from_images`
+) -> Tensor: # embeddings, (B,D)
+    "Encodes images of several sensors as one; for a subclass that sets `from_images`."
+    raise InputError(f"{type(self).__name__} has no encode_together",
+                     wanted="encode_together(self, x, name) -> (B,D)")
+
+# %% ../../nbs/50b_methods.base.ipynb #2b9a04fe
+def _images_of(method, images, name):
+    "Checked images of the sensors of a fusion, those that are there."
+    return {m: method.inputs.check(images[m], m, method.device) for m in method.joint[name] if m in images}
 
 # %% ../../nbs/50b_methods.base.ipynb #9b5158f8
 @patch
