@@ -108,7 +108,7 @@ def fits(archive, method):
     "Why a method cannot work on an archive; nothing if it can."
     units, n = {o.unit for o in archive.sensors.values()}, len(archive.sensors)
     if method == "duch": return None if units == {"feature"} else "learns on features, or on a run's embeddings"
-    if units == {"feature"}: return None if method == "band_quantiles" else "vectors are no images"
+    if units == {"feature"}: return None if method in ("band_quantiles", *METRIC_SIZES) else "vectors are no images"
     if method in ("duch_pairs", "band_cca") and n < 2: return "wants two sensors"
     if method in METRIC_SIZES and archive.vocab is None: return "wants labels"
     return None

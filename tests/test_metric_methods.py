@@ -17,7 +17,11 @@ from rsir_nb.methods.margin import MetricMethod
 
 SMALL = ["method.backbone={name: vit, embed_dim: 16, depth: 1, num_heads: 2}", "optim.lr=1e-3", "trainer.batch_size=8",
          "optim.warmup_epochs=0"]
-EXTRA = dict(margin=["method.sizes=[16]"])
+EXTRA = dict(margin=["method.sizes=[16]"],
+             diva=["method.sizes=[4,4,4,4]", "method.hidden_dim=8", "method.n_keys=32"],
+             divide_conquer=["method.sizes=[8,8]", "method.every=1", "method.slices_until=0.4", "method.clusters_until=0.7"],
+             bier=["method.sizes=[6,10]", "method.hidden_dim=8"],
+             sndl=["method.sizes=[16]", "method.momentum=[[0,0.5],[2,0.8]]"])
 NAMES = list(EXTRA)
 
 

@@ -60,15 +60,15 @@ class MetricMethod(Method):
         if self.freeze: self.backbones.eval()
         return self
 
-# %% ../../nbs/60_methods.margin.ipynb #7816952a
+# %% ../../nbs/60_methods.margin.ipynb #b6d1b2e1
 @patch
 def parts_of(self:MetricMethod,
     batch:Mapping, # modality -> images in raw units, (B,C,H,W)
 ) -> dict[str, Tensor]: # modality -> parts of length 1, one after the other, (B,D)
     "Embeddings as the losses see them, with gradients."
     x = {m: self.prepare(batch[m], m) for m in self.sensors if m in batch}
-    if not x: raise InputError("no image of this method's sensors", found=', '.join(map(str, batch)) or 'none',
-                               wanted=' or '.join(self.sensors))
+    if not x: raise InputError("no image of this method's sensors", wanted=' or '.join(self.sensors),
+                               found=', '.join(map(str, batch)) or 'none')
     return {m: torch.cat(self.necks[m].parts(self.backbones[m](o)), 1) for m, o in x.items()}
 
 @patch
@@ -78,8 +78,9 @@ def labels_of(self:MetricMethod,
     "The labels of a batch."
     for key in 'target', 'labels':
         if key in batch: return batch[key].to(self.device)
-    raise InputError("these images have no labels", found=', '.join(map(str, batch.get('id', [])[:5])) or 'none',
-                     wanted="target (B,) or labels (B,L)", remedy="leave out images of unknown class")
+    ids = ', '.join(map(str, batch.get('id', [])[:5]))
+    raise InputError("these images have no labels", found=ids or 'no ids', wanted="target (B,) or labels (B,L)",
+                     remedy="leave out images of unknown class")
 
 # %% ../../nbs/60_methods.margin.ipynb #f8bf2d88
 @patch
