@@ -1,8 +1,8 @@
-"""Claim: metric learning finds more images of the query's class than hand-made features, on unseen EuroSAT images.
+"""Claim: metric learning finds more images of the query's class than hand-made features, on unseen images.
 
-A seed splits every class into images to learn from and images to search. Each method trains from scratch by its
-own config, and every image of the second part is a query to the others of that part. The floor is the deciles of
-each band.
+A seed splits every class into images to learn from and images to search. Each method trains from scratch by
+its own config, and every image of the second part is a query to the others of that part. The floor is the
+deciles of each band.
 
     python benchmarks/metric_learning.py --keep DIR                       # all methods, one seed
     python benchmarks/metric_learning.py --methods margin diva --seeds 0 1 2 --epochs 20 --keep DIR

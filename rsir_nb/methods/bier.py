@@ -15,7 +15,7 @@ from ..core import METHODS
 from ..losses.boosting import BinomialDevianceLoss, DecorrelationLoss, norm_penalty
 from .margin import MetricMethod
 
-# %% ../../nbs/63_methods.bier.ipynb #9ca51c8a
+# %% ../../nbs/63_methods.bier.ipynb #e34a021e
 @METHODS.register('bier', paper='https://arxiv.org/abs/1801.04815', sensors='any',
                   losses='boosted binomial_deviance, decorrelation, lengths of weights')
 class Bier(MetricMethod):
@@ -35,13 +35,13 @@ class Bier(MetricMethod):
     ):
         super().__init__(sensors, sizes=sizes, **kwargs)
         self.loss['deviance'] = BinomialDevianceLoss(self.sizes, alpha, edge, cost, boosting=boosting)
-        self.loss['decorrelation'] = DecorrelationLoss(self.sizes, weight=decorrelation, hidden_dim=hidden_dim)
+        self.loss['decorrelation'] = DecorrelationLoss(self.sizes, None, decorrelation, hidden_dim)
         self.diversity, self.weight_norm = diversity, weight_norm
 
     def losses_of(self, z:Tensor, labels:Tensor, generator:torch.Generator|None=None) -> dict[str, Tensor]:
         "Deviance, adversary and penalties of the weights; nothing is drawn."
-        layers = [o for neck in self.necks.values() for o in neck.layers]
-        terms = dict(deviance=self.loss['deviance'](z, labels), decorrelation=self.loss['decorrelation'](z))
-        terms['weight_norm'] = self.loss['decorrelation'].penalty() + sum(map(norm_penalty, layers))/len(layers)
+        adversary, layers = self.loss['decorrelation'], [o for neck in self.necks.values() for o in neck.layers]
+        lengths = adversary.penalty() + sum(map(norm_penalty, layers))/len(layers)
+        terms = dict(deviance=self.loss['deviance'](z, labels), decorrelation=adversary(z), weight_norm=lengths)
         more = terms['decorrelation'] + self.weight_norm*terms['weight_norm']
         return dict(loss=terms['deviance'] + self.diversity*more, **terms)

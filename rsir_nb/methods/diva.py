@@ -26,7 +26,7 @@ from .margin import MetricMethod
 TASKS = 'discriminative', 'self_similarity', 'shared', 'intra'
 _MINERS = dict(discriminative=DistanceWeighted(), shared=ShuffledLabels(), intra=IntraRandom())
 
-# %% ../../nbs/61_methods.diva.ipynb #00dca6e0
+# %% ../../nbs/61_methods.diva.ipynb #a8348ed9
 @METHODS.register('diva', paper='https://arxiv.org/abs/2004.13458', sensors='any',
                   losses='margin of three kinds of triplets, fast_moco, decorrelation')
 class Diva(MetricMethod):
@@ -58,6 +58,12 @@ class Diva(MetricMethod):
         self.key = nn.ModuleDict(dict(backbones=deepcopy(self.backbones), necks=deepcopy(self.necks)))
         self.key.requires_grad_(False)
         self.keys = None
+
+    def train(self, mode:bool=True) -> nn.Module:
+        "Put everything that learns, and its slow copy, into training mode."
+        super().train(mode)
+        if self.freeze: self.key['backbones'].eval()
+        return self
 
 # %% ../../nbs/61_methods.diva.ipynb #df22e604
 @patch

@@ -62,7 +62,7 @@ def match_clusters(
     "Number clusters like earlier ones."
     return assign(membership_costs(current, previous, n))[np.asarray(current)]
 
-# %% ../../nbs/62_methods.divide_conquer.ipynb #b7eb4939
+# %% ../../nbs/62_methods.divide_conquer.ipynb #056e87ea
 @METHODS.register('divide_conquer', paper='https://arxiv.org/abs/1906.05990', sensors='any',
                   losses='any loss of pairs, on slices of the embedding; margin by default')
 class DivideConquer(MarginMethod):
@@ -82,7 +82,8 @@ class DivideConquer(MarginMethod):
     ):
         super().__init__(sensors, sizes=sizes, **kwargs)
         if every < 1 or not 0 <= slices_until <= clusters_until <= 1:
-            raise InputError("clusters have no such course", wanted="every from 1, 0 <= slices <= clusters <= 1",
+            raise InputError("clusters have no such course",
+                wanted="every from 1, 0 <= slices_until <= clusters_until <= 1",
                 found=f"every {every}, slices_until {slices_until}, clusters_until {clusters_until}")
         self.every, self.kmeans = every, dict(starts=starts, steps=steps)
         self.ends = [round(o*self.optim.epochs) for o in (slices_until, clusters_until)]

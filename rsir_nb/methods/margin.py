@@ -60,7 +60,7 @@ class MetricMethod(Method):
         if self.freeze: self.backbones.eval()
         return self
 
-# %% ../../nbs/60_methods.margin.ipynb #b6d1b2e1
+# %% ../../nbs/60_methods.margin.ipynb #b5203a07
 @patch
 def parts_of(self:MetricMethod,
     batch:Mapping, # modality -> images in raw units, (B,C,H,W)
@@ -79,8 +79,8 @@ def labels_of(self:MetricMethod,
     for key in 'target', 'labels':
         if key in batch: return batch[key].to(self.device)
     ids = ', '.join(map(str, batch.get('id', [])[:5]))
-    raise InputError("these images have no labels", found=ids or 'no ids', wanted="target (B,) or labels (B,L)",
-                     remedy="leave out images of unknown class")
+    raise InputError("these images have no labels", found=ids or 'no ids',
+                     wanted="target (B,) or labels (B,L)", remedy="leave out images of unknown class")
 
 # %% ../../nbs/60_methods.margin.ipynb #f8bf2d88
 @patch

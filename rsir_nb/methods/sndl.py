@@ -18,7 +18,7 @@ from ..losses.memory import MemoryNCALoss
 from ..losses.metric import LabelLoss
 from .margin import MetricMethod
 
-# %% ../../nbs/64_methods.sndl.ipynb #bf157655
+# %% ../../nbs/64_methods.sndl.ipynb #9e38a1b0
 @METHODS.register('sndl', paper='https://doi.org/10.1109/TGRS.2020.3006534', sensors='any',
                   losses='memory_nca, label_bce')
 class Sndl(MetricMethod):
@@ -29,7 +29,7 @@ class Sndl(MetricMethod):
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
         temperature:float=0.05, # of the similarities, above 0
         margin:float=0., # subtracted from the cosines of like images
-        momentum:Sequence[Sequence[float]]=((0, 0.5), (80, 0.8), (120, 0.9)), # first epoch, and part kept, 0..1
+        momentum:Sequence[Sequence[float]]=((0, .5), (80, .8), (120, .9)), # first epoch, and part kept, 0..1
         label_weight:float=1., # of the classifier's loss; 0 for none
         **kwargs, # further arguments of `MetricMethod`
     ):
