@@ -34,8 +34,7 @@ RECIPES = {
     "no augmentation": ["trainer.augment=false"],
     "brightness and noise too": ["trainer.augment=[flips,rotate90,jitter,noise]"],
     "temperature 0.5": ["method.temperature=0.5"],
-    "batch 32": ["trainer.batch_size=32"],
-    "published head": ["method.projection={name: relu, embed_dim: 128}"],
+    "published head": ["method.projection=relu"],
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..core import DATASETS, InputError, atomic_path
@@ -75,14 +76,6 @@ class BenTuplesLmdb(BigEarthNet):
         s1 = pd.Series(list(homes.values()), rows.index, dtype=object)
         return rows.assign(classes=pd.Series(classes, dtype=object), s1_name=s1, s1_key=s1)
 
-    def labels_of(self, key:str, partner:str|None) -> list[str]:
-        "The classes that both records of a pair name."
-        given = self.record('s2', key)['labels']
-        if partner and (self.record('s1', partner)['labels'] != given).any():
-            raise InputError(f"{key} and {partner} differ in their labels",
-                             found=f"{self.path} and {self.s1_path}", wanted="two LMDBs of one archive")
-        return [name for name, yes in zip(BEN19_ORIGINAL, given, strict=True) if yes]
-
     def bands(self, i:int) -> dict[str, np.ndarray]:
         out = {}
         for sensor, groups in dict(s1=TUPLE_BANDS[3], s2=TUPLE_BANDS[4]).items():
@@ -90,6 +83,19 @@ class BenTuplesLmdb(BigEarthNet):
             if key is None or not self.wanted.intersection(sum(groups, ())): continue
             out |= self.record(sensor, key)['bands']
         return out
+
+# %% ../../nbs/14b_data.bigearthnet_tuples.ipynb #f4f0787a
+@patch
+def labels_of(self:BenTuplesLmdb,
+    key:str, # the Sentinel-2 name
+    partner:str|None, # the Sentinel-1 name
+) -> list[str]: # class names
+    "The classes that both records of a pair name."
+    given = self.record('s2', key)['labels']
+    if partner and (self.record('s1', partner)['labels'] != given).any():
+        raise InputError(f"{key} and {partner} differ in their labels",
+                         found=f"{self.path} and {self.s1_path}", wanted="two LMDBs of one archive")
+    return [name for name, yes in zip(BEN19_ORIGINAL, given, strict=True) if yes]
 
 # %% ../../nbs/14b_data.bigearthnet_tuples.ipynb #7a8ed506
 def _of_different_archives(archive):

@@ -127,10 +127,6 @@ def _same_rows(z, labels):
     if len(set(sizes.values())) != 1: raise InputError("embeddings and archive differ in length", found=sizes,
                                                        wanted="one row per patch of the archive")
 
-def _seen_by_any(archive, modality):
-    "The patches that a sensor has seen, or any sensor of a fusion."
-    return np.any([archive.has(m) for m in modality.split('+')], axis=0)
-
 # %% ../../nbs/44f_metrics.named.ipynb #3c0b78dc
 def _ways(z, wanted, what, parts=None):
     "The directions asked for, of embeddings with one width and, given `parts`, of different sensors."
