@@ -15,53 +15,8 @@ from ..core import InputError, Registry, check_arguments, unknown_name
 from ..machine import declare_torchvision_ops
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULES', 'WARMUPS', 'adamw', 'adam', 'sgd', 'rmsprop', 'OptimConfig', 'make_optim', 'cosine',
+__all__ = ['OPTIMIZERS', 'SCHEDULES', 'WARMUPS', 'OptimConfig', 'make_optim', 'adamw', 'adam', 'sgd', 'rmsprop', 'cosine',
            'constant', 'step_list', 'exponential', 'one_cycle', 'lr_factor', 'SAM', 'make_optimizer']
-
-# %% ../../nbs/50a_methods.optim.ipynb #ab5c8989
-OPTIMIZERS = Registry('optimiser')
-
-@OPTIMIZERS.register('adamw', paper='https://arxiv.org/abs/1711.05101')
-def adamw(
-    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
-    o:OptimConfig, # the settings
-) -> torch.optim.Optimizer: # ready to step
-    "AdamW of torch."
-    return torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, **o.options)
-
-@OPTIMIZERS.register('adam', paper='https://arxiv.org/abs/1412.6980')
-def adam(
-    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
-    o:OptimConfig, # the settings
-) -> torch.optim.Optimizer: # ready to step
-    "Adam of torch; its weight decay is part of the gradient."
-    return torch.optim.Adam(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, **o.options)
-
-@OPTIMIZERS.register('sgd', paper='none')
-def sgd(
-    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
-    o:OptimConfig, # the settings
-) -> torch.optim.Optimizer: # ready to step
-    "Stochastic gradient descent with momentum, of torch."
-    return torch.optim.SGD(groups, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, **o.options)
-
-@OPTIMIZERS.register('rmsprop', paper='none')
-def rmsprop(
-    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
-    o:OptimConfig, # the settings
-) -> torch.optim.Optimizer: # ready to step
-    "RMSprop with momentum, of torch."
-    return torch.optim.RMSprop(groups, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, **o.options)
-
-# %% ../../nbs/50a_methods.optim.ipynb #34cd3b58
-def _timm_names():
-    declare_torchvision_ops()
-    from timm.optim import list_optimizers
-    return list_optimizers()
-
-def _check_name(name):
-    if name in OPTIMIZERS.list() or name in _timm_names(): return
-    raise unknown_name('optimiser', name, sorted({*OPTIMIZERS.list(), *_timm_names()}))
 
 # %% ../../nbs/50a_methods.optim.ipynb #39f73749
 @dataclass(frozen=True)
@@ -117,6 +72,51 @@ def make_optim(
     if isinstance(optim, OptimConfig): return optim
     check_arguments(OptimConfig, optim or {}, 'optim')
     return OptimConfig(**(optim or {}))
+
+# %% ../../nbs/50a_methods.optim.ipynb #ab5c8989
+OPTIMIZERS = Registry('optimiser')
+
+@OPTIMIZERS.register('adamw', paper='https://arxiv.org/abs/1711.05101')
+def adamw(
+    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
+    o:OptimConfig, # the settings
+) -> torch.optim.Optimizer: # ready to step
+    "AdamW of torch."
+    return torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, **o.options)
+
+@OPTIMIZERS.register('adam', paper='https://arxiv.org/abs/1412.6980')
+def adam(
+    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
+    o:OptimConfig, # the settings
+) -> torch.optim.Optimizer: # ready to step
+    "Adam of torch; its weight decay is part of the gradient."
+    return torch.optim.Adam(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, **o.options)
+
+@OPTIMIZERS.register('sgd', paper='none')
+def sgd(
+    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
+    o:OptimConfig, # the settings
+) -> torch.optim.Optimizer: # ready to step
+    "Stochastic gradient descent with momentum, of torch."
+    return torch.optim.SGD(groups, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, **o.options)
+
+@OPTIMIZERS.register('rmsprop', paper='none')
+def rmsprop(
+    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
+    o:OptimConfig, # the settings
+) -> torch.optim.Optimizer: # ready to step
+    "RMSprop with momentum, of torch."
+    return torch.optim.RMSprop(groups, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, **o.options)
+
+# %% ../../nbs/50a_methods.optim.ipynb #34cd3b58
+def _timm_names():
+    declare_torchvision_ops()
+    from timm.optim import list_optimizers
+    return list_optimizers()
+
+def _check_name(name):
+    if name in OPTIMIZERS.list() or name in _timm_names(): return
+    raise unknown_name('optimiser', name, sorted({*OPTIMIZERS.list(), *_timm_names()}))
 
 # %% ../../nbs/50a_methods.optim.ipynb #a72c2015
 SCHEDULES = Registry('schedule')
