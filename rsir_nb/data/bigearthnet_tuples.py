@@ -61,21 +61,6 @@ class BenTuplesLmdb(BigEarthNet):
         "Bands and labels of one sensor's record."
         return self.readers[sensor].use(key.encode(), partial(load_tuple_record, name=key))
 
-    def scan(self, keys:list[str], skips:SkipList) -> pd.DataFrame:
-        there, classes, homes = set(self.names('s1')), {}, {}
-        if not there.intersection(self.partners.values()): raise _of_different_archives(self)
-        for i, key in enumerate(tqdm(keys, desc='reading labels', disable=len(keys) < 5000)):
-            partner = self.partners.get(key)
-            with skips.guard(key):
-                if partner and partner not in there: raise InputError(f"{key} lacks its partner", found=
-                    f"no {partner} in {self.s1_path}", remedy="on_error=skip leaves such patches out")
-                classes[i], homes[i] = self.labels_of(key, partner), partner
-        if alone := sum(o is None for o in homes.values()):
-            log.warning("%d of %d patches of %s are in no list of pairs", alone, len(homes), self.path)
-        rows = sensor_rows(keys, keys).iloc[list(classes)]
-        s1 = pd.Series(list(homes.values()), rows.index, dtype=object)
-        return rows.assign(classes=pd.Series(classes, dtype=object), s1_name=s1, s1_key=s1)
-
     def bands(self, i:int) -> dict[str, np.ndarray]:
         out = {}
         for sensor, groups in dict(s1=TUPLE_BANDS[3], s2=TUPLE_BANDS[4]).items():
@@ -84,12 +69,32 @@ class BenTuplesLmdb(BigEarthNet):
             out |= self.record(sensor, key)['bands']
         return out
 
-# %% ../../nbs/14b_data.bigearthnet_tuples.ipynb #f4f0787a
+# %% ../../nbs/14b_data.bigearthnet_tuples.ipynb #d90b62f8
+@patch
+def scan(self:BenTuplesLmdb,
+    keys:list[str], # names of the Sentinel-2 patches
+    skips:SkipList, # gets the patches that cannot be used
+) -> pd.DataFrame: # one row per patch that can: names, keys and classes
+    "The pairs of both LMDBs."
+    there, classes, homes = set(self.names('s1')), {}, {}
+    if not there.intersection(self.partners.values()): raise _of_different_archives(self)
+    for i, key in enumerate(tqdm(keys, desc='reading labels', disable=len(keys) < 5000)):
+        partner = self.partners.get(key)
+        with skips.guard(key):
+            if partner and partner not in there: raise InputError(f"{key} lacks its partner", found=
+                f"no {partner} in {self.s1_path}", remedy="on_error=skip leaves such patches out")
+            classes[i], homes[i] = self.labels_of(key, partner), partner
+    if alone := sum(o is None for o in homes.values()):
+        log.warning("%d of %d patches of %s are in no list of pairs", alone, len(homes), self.path)
+    rows = sensor_rows(keys, keys).iloc[list(classes)]
+    s1 = pd.Series(list(homes.values()), rows.index, dtype=object)
+    return rows.assign(classes=pd.Series(classes, dtype=object), s1_name=s1, s1_key=s1)
+
 @patch
 def labels_of(self:BenTuplesLmdb,
-    key:str, # the Sentinel-2 name
-    partner:str|None, # the Sentinel-1 name
-) -> list[str]: # class names
+    key:str, # name of a Sentinel-2 patch
+    partner:str|None, # name of its Sentinel-1 patch
+) -> list[str]: # names of classes
     "The classes that both records of a pair name."
     given = self.record('s2', key)['labels']
     if partner and (self.record('s1', partner)['labels'] != given).any():

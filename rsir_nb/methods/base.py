@@ -85,7 +85,7 @@ class Method(Trainable):
         return [*self.sensors, *self.joint]
 
     def encode(self,
-        x:Tensor, # normalised images, (B,C,H,W)
+        x:Tensor, # normalised images, (B,C,H,W); for `from_images` a dict, sensor -> images
         modality:str, # which sensor made them
     ) -> Tensor: # embeddings, (B,D)
         "What a subclass is about; called by `embed`, with gradients by `losses`."
@@ -166,31 +166,16 @@ def fused(self:Method,
     early = name in self.from_images
     if early and images is None: raise InputError(f"{name} is computed from images", found="embeddings",
                                                   wanted=f"images of {' or '.join(self.joint[name])}")
-    z = _images_of(self, images, name) if early else {m: o.to(self.device) for m, o in parts.items()}
-    z = {m: z[m] for m in self.joint[name] if m in z}
+    given, of = (images, self.inputs.check) if early else (parts, lambda o, m, device: o.to(device))
+    z = {m: of(given[m], m, self.device) for m in self.joint[name] if m in given}
     widths, rows = [o.shape[1] for o in z.values()], torch.cat(list(z.values()), 1)
     def join(x):
         some = dict(zip(z, x.split(widths, 1), strict=True))
         if not early: return self.fuse(some, name)
-        return self.encode_together({m: self.prepare(o, m) for m, o in some.items()}, name)
+        return self.encode({m: self.prepare(o, m) for m, o in some.items()}, name)
     pad = self.least_batch if early and self.device.type == 'cpu' else self.gpu_batch
     with evaluating(self):
         return _checked_rows(in_blocks(join, rows, max(pad, self.gpu_batch), pad), self, len(rows), name)
-
-# %% ../../nbs/50b_methods.base.ipynb #8d2f6b13
-@patch
-def encode_together(self:Method,
-    x:dict, # sensor -> normalised images, (B,C,H,W); of those sensors in `joint[name]` that are there
-    name:str, # one of `from_images`
-) -> Tensor: # embeddings, (B,D)
-    "Encodes images of several sensors as one; for a subclass that sets `from_images`."
-    raise InputError(f"{type(self).__name__} has no encode_together",
-                     wanted="encode_together(self, x, name) -> (B,D)")
-
-# %% ../../nbs/50b_methods.base.ipynb #2b9a04fe
-def _images_of(method, images, name):
-    "Checked images of the sensors of a fusion, those that are there."
-    return {m: method.inputs.check(images[m], m, method.device) for m in method.joint[name] if m in images}
 
 # %% ../../nbs/50b_methods.base.ipynb #9b5158f8
 @patch

@@ -57,13 +57,10 @@ class PairMethod(Method):
         self.embed_dim[name] = D if self.early else fused_dim(D, len(self.sensors), self.fusion)
         if self.early: self.from_images = name,
 
-    def encode(self, x:Tensor, modality:str) -> Tensor:
-        "Projections of images of one sensor."
-        return self.projections['all' if self.early else modality](self.encoder(x, modality))
-
-    def encode_together(self, x:dict[str, Tensor], name:str) -> Tensor:
-        "Projections of stacked images of several sensors; for early fusion."
-        return self.projections['all'](self.encoder.together(x))
+    def encode(self, x:Tensor|dict, modality:str) -> Tensor:
+        "Projections of images of one sensor, or of several for early fusion."
+        if not self.early: return self.projections[modality](self.encoder(x, modality))
+        return self.projections['all'](self.encoder.together(x if isinstance(x, dict) else {modality: x}))
 
     def fuse(self, parts:dict[str, Tensor], name:str) -> Tensor:
         "Projections of several sensors as one embedding."
@@ -135,7 +132,7 @@ def project(self:PairMethod,
         raise InputError("nothing to learn from", found="a batch of one place", wanted="two or more",
                          remedy="a larger trainer.batch_size")
     z = {m: self.encode(o, m) for m, o in x.items()}
-    for name in self.joint: z[name] = self.encode_together(x, name) if self.early else self.fuse(z, name)
+    for name in self.joint: z[name] = self.encode(x, name) if self.early else self.fuse(z, name)
     return z
 
 @patch
