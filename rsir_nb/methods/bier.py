@@ -15,7 +15,7 @@ from ..core import METHODS
 from ..losses.boosting import BinomialDevianceLoss, DecorrelationLoss, norm_penalty
 from .margin import MetricMethod
 
-# %% ../../nbs/63_methods.bier.ipynb #e34a021e
+# %% ../../nbs/63_methods.bier.ipynb #0a2a4c58
 @METHODS.register('bier', paper='https://arxiv.org/abs/1801.04815', sensors='any',
                   losses='boosted binomial_deviance, decorrelation, lengths of weights')
 class Bier(MetricMethod):
@@ -40,8 +40,10 @@ class Bier(MetricMethod):
 
     def losses_of(self, z:Tensor, labels:Tensor, generator:torch.Generator|None=None) -> dict[str, Tensor]:
         "Deviance, adversary and penalties of the weights; nothing is drawn."
-        adversary, layers = self.loss['decorrelation'], [o for neck in self.necks.values() for o in neck.layers]
+        adversary = self.loss['decorrelation']
+        layers = [o for neck in self.necks.values() for o in neck.layers]
         lengths = adversary.penalty() + sum(map(norm_penalty, layers))/len(layers)
-        terms = dict(deviance=self.loss['deviance'](z, labels), decorrelation=adversary(z), weight_norm=lengths)
+        terms = dict(deviance=self.loss['deviance'](z, labels), decorrelation=adversary(z),
+                     weight_norm=lengths)
         more = terms['decorrelation'] + self.weight_norm*terms['weight_norm']
         return dict(loss=terms['deviance'] + self.diversity*more, **terms)
