@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 import torch
 from engine_run import run_python, tiny_config
+from scipy.optimize import linear_sum_assignment
 
 from rsir_nb.core import METHODS, InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.module import ArchiveData
 from rsir_nb.engine.parts import TrainerConfig, build_archive, build_method, load_method
 from rsir_nb.engine.retriever import Retriever
 from rsir_nb.engine.train import fit_method, pretrain, read_history
+from rsir_nb.losses.boosting import BinomialDevianceLoss
 from rsir_nb.losses.metric import MarginLoss
 from rsir_nb.losses.miners import SemiHard
 from rsir_nb.methods.base import Method
-from rsir_nb.methods.margin import MetricMethod
+from rsir_nb.methods.divide_conquer import assign, match_clusters
+from rsir_nb.methods.margin import MetricMethod, standardise_images
 
 SMALL = ["method.backbone={name: vit, embed_dim: 16, depth: 1, num_heads: 2}", "optim.lr=1e-3", "trainer.batch_size=8",
          "optim.warmup_epochs=0"]
@@ -194,3 +197,160 @@ def test_other_losses_and_miners_by_name(tmp_path):
         assert np.isfinite(read_history(pretrain(cfg, progress=False))["loss"]).all()
     with pytest.raises(UnknownNameError, match="semi_hard"): build_method(config(tmp_path/"a", "margin", "method.miner=semihard"),
                                                                           build_archive(cfg.data))
+
+
+def test_standardised_images_do_not_depend_on_light(tmp_path):
+    x = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    z = standardise_images(x)
+    plain = x.numpy()
+    wanted = (plain - plain.mean((2, 3), keepdims=True))/plain.std((2, 3), keepdims=True)
+    assert np.allclose(z, wanted, atol=1e-5) and torch.allclose(standardise_images(7*x + 3), z, atol=1e-5)
+    cfg = config(tmp_path/"run", "margin", "method.standardise=true", "optim.epochs=1")
+    method = load_method(pretrain(cfg, progress=False))
+    archive = build_archive(cfg.data)
+    x = batch_of(archive)["s1"]
+    assert torch.allclose(method.embed(x, "s1"), method.embed(x*2 - 1, "s1"), atol=1e-4)
+
+
+# ---- divide and conquer
+
+@pytest.mark.parametrize("n", (1, 2, 3, 5, 8, 13))
+def test_assignments_are_those_of_scipy(n):
+    rng = np.random.default_rng(n)
+    for costs in [rng.normal(size=(n, n)), rng.integers(0, 4, (n, n)), np.zeros((n, n))]*5:
+        mine, theirs = assign(costs), linear_sum_assignment(costs)[1]
+        assert sorted(mine) == list(range(n)) and costs[range(n), mine].sum() == pytest.approx(costs[range(n), theirs].sum())
+
+
+def test_clusters_keep_their_numbers():
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 6, 400)
+    for order in [rng.permutation(6) for _ in range(20)]:
+        noisy = np.where(rng.random(400) < .1, rng.integers(0, 6, 400), old)
+        assert np.array_equal(match_clusters(order[noisy], old, 6), noisy)
+    found = match_clusters(np.zeros(5, int), np.array([2, 2, 2, 0, 1]), 3)     # clusters may be empty
+    assert found.tolist() == [2]*5
+
+
+def test_the_course_of_divide_and_conquer(tmp_path):
+    cfg = config(tmp_path/"run", "divide_conquer", "optim.epochs=10", "method.every=3", "method.slices_until=0.4",
+                 "method.clusters_until=0.8")
+    archive = build_archive(cfg.data)
+    method = build_method(cfg, archive)
+    method.start_training(archive)
+    seen = []
+    for epoch in range(10):
+        method.epoch = epoch
+        method.start_epoch(epoch)
+        seen.append(method.clusters)
+        method.zero_grad()
+        one = np.flatnonzero(seen[-1] == seen[-1][0])[:8]
+        batch = ArchiveData(archive.subset(one), batch_size=len(one), augment=False)
+        batch = {**next(batch.batches()), "row": torch.as_tensor(one)}
+        method.losses(batch, torch.Generator().manual_seed(0))["loss"].backward()
+        grads = [o.weight.grad is not None and bool(o.weight.grad.any()) for o in method.necks["s2"].layers]
+        assert sum(grads) <= 1 if epoch < 4 else len(set(grads)) == 1
+    changes = [e for e in range(1, 10) if not np.array_equal(seen[e], seen[e - 1])]
+    assert set(changes) <= {3, 6, 8} and seen[0].any() and not seen[8].any() and not seen[9].any()
+    with pytest.raises(InputError, match="more clusters than images"): method.start_training(archive.subset([3]))
+    with pytest.raises(InputError, match="no such course"): build_method(config(tmp_path/"b", "divide_conquer", "method.every=0"), archive)
+
+
+def test_the_loss_of_slices_is_that_of_each_slice(tmp_path):
+    cfg = config(tmp_path/"run", "divide_conquer", "method.dropout=0", "method.loss={name: margin, learn: false, per: pair}",
+                 "method.miner=all_pairs")
+    archive = build_archive(cfg.data)
+    method, batch = build_method(cfg, archive), batch_of(archive, 48)
+    method.start_training(archive)
+    method.cluster_of[::2] = 1
+    z, own = method.parts_of(batch), method.cluster_of[batch["row"]]
+    total = 0
+    for c in 0, 1:
+        part = torch.cat([o[own == c][:, 8*c:8*c + 8] for o in z.values()])
+        total = total + MarginLoss(learn=False, per="pair")(part, torch.cat([batch["labels"][own == c]]*2))/2
+    assert torch.allclose(method.losses(batch)["loss"], total, rtol=1e-5)
+    method.eval()
+    whole = torch.cat([*method.parts_of(batch).values()])
+    assert torch.allclose(method.losses(batch)["loss"],
+                          MarginLoss(learn=False, per="pair")(whole, torch.cat([batch["labels"]]*2)))
+
+
+# ---- DiVA
+
+def test_diva_is_the_weighted_sum_of_its_tasks(tmp_path):
+    cfg = config(tmp_path/"run", "diva", "method.task_weights=[1,2,3,4]", "method.decorrelation=5")
+    archive = build_archive(cfg.data)
+    method, batch = build_method(cfg, archive), batch_of(archive)
+    terms = method.losses(batch, torch.Generator().manual_seed(0))
+    order = "discriminative", "self_similarity", "shared", "intra"
+    assert torch.allclose(terms["loss"], sum(w*terms[k] for w, k in zip((1, 2, 3, 4), order, strict=True)) + terms["decorrelation"])
+    off = build_method(config(tmp_path/"off", "diva", "method.decorrelation=0"), archive)
+    assert "decorrelation" not in off.losses(batch, torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="four parts"): build_method(config(tmp_path/"b", "diva", "method.sizes=[8,8]"), archive)
+
+
+def test_the_key_network_follows_and_is_never_trained(tmp_path):
+    cfg = config(tmp_path/"run", "diva", "method.momentum=0.75")
+    archive = build_archive(cfg.data)
+    method, batch = build_method(cfg, archive), batch_of(archive)
+    key, fast = method.key["necks"]["s2"].layers[1].weight, method.necks["s2"].layers[1].weight
+    assert torch.equal(key, fast) and not any(p.requires_grad for p in method.key.parameters())
+    before = key.clone()
+    with torch.no_grad(): fast += 1
+    method.losses(batch, torch.Generator().manual_seed(0))["loss"].backward()
+    method.after_step(batch)
+    assert torch.allclose(key, 0.75*before + 0.25*fast) and method.loss["self_similarity"].filled == 32
+    assert all(p.grad is None for p in method.key.parameters())
+    frozen = build_method(config(tmp_path/"f", "diva", "method.freeze=true"), archive).train()
+    assert not frozen.key["backbones"].training and frozen.key["necks"].training
+
+
+def test_views_of_the_trainer_are_the_second_views(tmp_path):
+    cfg = config(tmp_path/"run", "diva", "trainer.views=2", "trainer.augment=[flips, noise]", "optim.epochs=1")
+    assert np.isfinite(read_history(pretrain(cfg, progress=False))["loss"]).all()
+    archive = build_archive(cfg.data)
+    method, batch = build_method(cfg, archive).eval(), batch_of(archive)
+    same = method.keys_of({**batch, "s1_view": batch["s1"], "s2_view": batch["s2"]})
+    own = torch.cat([o.split(4, 1)[1] for o in method.parts_of(batch).values()])
+    assert torch.allclose(same, own, atol=1e-6) and not torch.allclose(method.keys_of(batch, torch.Generator().manual_seed(0)), own)
+
+
+# ---- BIER
+
+def test_bier_is_deviance_adversary_and_lengths(tmp_path):
+    cfg = config(tmp_path/"run", "bier", "method.dropout=0", "method.diversity=0.01", "method.weight_norm=3", "method.decorrelation=7")
+    archive = build_archive(cfg.data)
+    method, batch = build_method(cfg, archive), batch_of(archive)
+    z, y = torch.cat([*method.parts_of(batch).values()]), torch.cat([batch["labels"]]*2)
+    layers = [o for neck in method.necks.values() for o in neck.layers]
+    lengths = sum(((o.weight.square().sum(1) - 1)**2).mean() for o in layers)/4 + method.loss["decorrelation"].penalty()
+    wanted = BinomialDevianceLoss([6, 10])(z, y) + 0.01*(method.loss["decorrelation"](z) + 3*lengths)
+    assert torch.allclose(method.losses(batch)["loss"], wanted, rtol=1e-5)
+
+
+# ---- SNDL
+
+def test_sndl_remembers_every_image_of_the_training_split(tmp_path):
+    cfg = config(tmp_path/"run", "sndl", "optim.epochs=2")
+    archive = build_archive(cfg.data).split("train")
+    method = build_method(cfg, archive)
+    fit_method(method, archive, None, TrainerConfig(batch_size=8, pictures=0), 0, progress=False)
+    memory = method.loss["memory"]
+    assert memory.seen.all() and len(memory.memory) == len(archive) and torch.equal(memory.labels.float(), torch.tensor(archive.labels).float())
+    assert torch.allclose(memory.memory.norm(dim=1), torch.ones(len(archive)))
+    method.start_epoch(1), method.start_epoch(2)
+    assert memory.momentum == 0.8
+
+
+def test_the_memory_of_two_sensors_is_their_mean(tmp_path):
+    cfg = config(tmp_path/"run", "sndl", "method.dropout=0")
+    archive = build_archive(cfg.data)
+    method, batch = build_method(cfg, archive), batch_of(archive)
+    method.start_training(archive)
+    z = method.parts_of(batch)
+    method.losses(batch)
+    method.after_step(batch)
+    mean = torch.nn.functional.normalize(z["s1"] + z["s2"]).detach()
+    assert torch.allclose(method.loss["memory"].memory[batch["row"]], mean, atol=1e-6)
+    with pytest.raises(InputError, match="nothing to validate"):
+        build_method(config(tmp_path/"b", "sndl", "method.label_weight=0"), archive).eval().losses(batch)

@@ -15,7 +15,7 @@ from ..core import METHODS
 from ..losses.boosting import BinomialDevianceLoss, DecorrelationLoss, norm_penalty
 from .margin import MetricMethod
 
-# %% ../../nbs/63_methods.bier.ipynb #e34a021e
+# %% ../../nbs/63_methods.bier.ipynb #0a2a4c58
 @METHODS.register('bier', paper='https://arxiv.org/abs/1801.04815', sensors='any',
                   losses='boosted binomial_deviance, decorrelation, lengths of weights')
 class Bier(MetricMethod):

@@ -62,7 +62,7 @@ def match_clusters(
     "Number clusters like earlier ones."
     return assign(membership_costs(current, previous, n))[np.asarray(current)]
 
-# %% ../../nbs/62_methods.divide_conquer.ipynb #056e87ea
+# %% ../../nbs/62_methods.divide_conquer.ipynb #fcec1e69
 @METHODS.register('divide_conquer', paper='https://arxiv.org/abs/1906.05990', sensors='any',
                   losses='any loss of pairs, on slices of the embedding; margin by default')
 class DivideConquer(MarginMethod):
@@ -93,7 +93,7 @@ class DivideConquer(MarginMethod):
     @property
     def clusters(self) -> np.ndarray|None:
         "The cluster of each training image, (N,); the loop hands it to the sampler."
-        return None if self.cluster_of is None else self.cluster_of.cpu().numpy()
+        return None if self.cluster_of is None else self.cluster_of.cpu().numpy().copy()
 
 # %% ../../nbs/62_methods.divide_conquer.ipynb #dd1e5e45
 @patch
