@@ -7,12 +7,17 @@ import numpy as np
 import torch
 from parity import check
 from parity_cases.csmae import tensor
+from scipy.optimize import linear_sum_assignment
 
+from rsir_nb.data.base import TensorArchive
+from rsir_nb.data.samplers import ClassSampler
 from rsir_nb.losses.boosting import BinomialDevianceLoss, DecorrelationLoss, norm_penalty, split_parts
 from rsir_nb.losses.metric import LabelLoss, MarginLoss
 from rsir_nb.losses.memory import FastMoCoLoss, MemoryNCALoss
 from rsir_nb.losses.miners import distance_probabilities, graded_triplets, semi_hard_candidates
 from rsir_nb.losses.pairs import relations
+from rsir_nb.methods.divide_conquer import assign, match_clusters, membership_costs
+from rsir_nb.methods.margin import standardise_images
 from rsir_nb.models.backbones import make_backbone
 from rsir_nb.models.necks import PartsNeck
 
@@ -266,3 +271,43 @@ def network(case):
         x = encoder(images)
         case.compare("penultimate", torch.nn.functional.normalize(x))
         case.compare("embedding", neck(x))
+
+
+@check("cv4rs.class_balanced")
+def class_balanced(case):
+    y = case.input("labels")
+    names = [f"{c:03}" for c in range(y.shape[1])]
+    labels = [[names[c] for c in np.flatnonzero(row)] for row in y]
+    archive = TensorArchive(dict(rgb=np.zeros((len(y), 3, 1, 1), np.float32)), labels=labels)
+    sampler = ClassSampler(archive, 2*y.shape[1])
+    pools = {c: np.sort(sampler.members[sampler.starts[i]:sampler.starts[i] + sampler.counts[i]])
+             for i, c in enumerate(map(int, archive.vocab.names))}
+    draw = lambda rng, pool, n: rng.choice(pool, n, replace=len(pool) < n)
+    for name in (o for o in case.output_names() if o.startswith("samples")):
+        n, rng = int(name.removeprefix("samples").removesuffix(".pairs")), np.random.RandomState(case.constant("numpy_seed"))
+        case.compare(name, np.array([[i, c] for c, pool in pools.items() for i in draw(rng, pool, n)[:2]]))
+    wanted, rng = case.output("sampler.batches"), np.random.RandomState(case.constant("numpy_seed"))
+    found = [np.unique([draw(rng, pool, 2) for pool in pools.values()]) for _ in wanted]
+    case.compare("sampler.batches", np.array([np.pad(o, (0, wanted.shape[1] - len(o)), constant_values=-1) for o in found]))
+    case.compare("sampler.length", len(found))      # the case does not tell the number of images that it divides
+
+
+@check("cv4rs.cluster_reassign")
+def cluster_reassign(case):
+    old, new = case.input("previous"), case.input("current")
+    n = len(case.output("costs"))
+    costs = membership_costs(new, old, n)
+    case.compare("costs", costs.astype(np.float32))
+    case.compare("agreement_before", (new == old).mean())
+    matched = match_clusters(new, old, n)
+    case.compare("agreement_if_rows_were_mapped_to_columns", (matched == old).mean())
+    case.divergent("reassigned", matched, linear_sum_assignment(costs)[1][new],
+                   reason="the published code applies the inverse of the assignment that it found")
+    case.divergent("agreement_after", (matched == old).mean(), case.output("agreement_if_rows_were_mapped_to_columns"),
+                   reason="the published code applies the inverse of the assignment that it found")
+    assert np.array_equal(np.argsort(assign(costs))[new], case.output("reassigned")), "the inverse is what was published"
+
+
+@check("cv4rs.image_normalisation")
+def image_normalisation(case):
+    for name in case.input_names(): case.compare(name.replace("image", "normalised"), standardise_images(tensor(case, name)[None])[0])
