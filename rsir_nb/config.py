@@ -146,8 +146,7 @@ def _merge_group(group, old, new):
     if not isinstance(new, Mapping):
         raise InputError(f"the group {group!r} cannot be set to this", found=repr(new),
                          wanted=f"keys and values, or one of {', '.join(list_configs(group)) or 'none'}")
-    chosen = group in _REGISTRIES or new.get('name') in list_configs(group) # otherwise it is an argument
-    if chosen and new.get('name', old.get('name')) != old.get('name'): old = _choice(group, new['name'])
+    if new.get('name', old.get('name')) != old.get('name'): old = _choice(group, new['name'])
     return OmegaConf.to_container(OmegaConf.merge(old, new))
 
 # %% ../nbs/01_config.ipynb #1ae0c11a

@@ -68,7 +68,7 @@ def test_list_of_one_kind(kind, line, capsys):
 
 def test_the_optimisers_that_the_list_names_are_known():
     from rsir_nb.methods.optim import make_optim
-    for name in re.findall(r"\b(?:lamb|lion|adopt)\b", MORE["optimisers"]): assert make_optim({"name": name}).name == name
+    for name in re.findall(r"\b(?:lamb|lion|adopt)\b", MORE["optimisers"]): assert make_optim({"optimizer": name}).optimizer == name
     assert len(re.findall(r"\b(?:lamb|lion|adopt)\b", MORE["optimisers"])) == 3
 
 

@@ -176,9 +176,3 @@ def test_variants_of_csmae_are_those_published(everything, name, monkeypatch):
     assert (m.decoder_embed_dim, m.decoder_depth, m.decoder_num_heads, m.norm) == (512, 8, 16, "ben_v1")
     assert (o.lr, o.weight_decay, list(o.betas)) == (1e-4, 0.05, [0.9, 0.95])
     assert (cfg.trainer.batch_size, o.epochs, o.warmup_epochs, o.schedule) == (128, 150, 10, "cosine")
-
-
-def test_the_optimiser_is_an_argument_of_its_group():
-    found = load_config("base", ["optim.name=adam", "optim.lr=0.01"]).optim
-    assert (found.name, found.lr, found.weight_decay) == ("adam", .01, .05)
-    with pytest.raises(UnknownNameError): load_config("base", ["optim=adm"])

@@ -1,16 +1,16 @@
 "A method, and every part that it is made of, that nobody wrote for this package: trained, killed, resumed, searched, scored."
 import json
 import signal
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-import toy_contracts
 from engine_run import run_python
 from rsir_nb.config import load_config
-from rsir_nb.core import InputError, UnknownNameError, read_json
+from rsir_nb.core import InputError, UnknownNameError, read_json, registries
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.parts import build_archive, load_method
@@ -18,6 +18,19 @@ from rsir_nb.engine.retriever import open_search
 from rsir_nb.engine.stages import index_run
 from rsir_nb.engine.train import pretrain, read_history
 from rsir_nb.methods.base import Method
+from rsir_nb.plugins import registry_of
+
+@pytest.fixture(scope="module", autouse=True)
+def toys():
+    "The toys are registered for these tests alone."
+    global toy_contracts
+    import toy_contracts
+    yield toy_contracts
+    for registry in map(registry_of, registries()):
+        for name in [k for k, o in registry.entries.items() if o.__module__ == "toy_contracts"]:
+            del registry.entries[name], registry.meta[name]
+    sys.modules.pop("toy_contracts", None)
+
 
 EPOCHS, STEPS = 4, 5    # 40 training patches in batches of 8
 WHAT = ["plugins=[toy_contracts]", "data=toy_bytes", "method=toy_everything", "optim.optimizer=sgd", "optim.lr=0.01", "optim.momentum=0.5",

@@ -84,7 +84,8 @@ def _partners(evaluation, store):
     if evaluation.partners is None or evaluation.headline != 'map': return ''
     table = evaluation.partner_summary()
     names = _named(table.set_index('system'), store).index
-    table.index = [f'{name}, {arrows(d)}' for name, d in zip(names, table.direction, strict=True)]
+    rows = [f'{name}, {arrows(d)}' for name, d in zip(names, table.direction, strict=True)]
+    table.index = pd.Index(rows, name='system and direction')
     table = html_table(table.iloc[:, 2:], 'Partner recall and median rank, with 95 % intervals')
     return f"<h2>The other sensor's image of the same patch</h2>\n<p>{PARTNERS}</p>\n{table}"
 
