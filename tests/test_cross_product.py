@@ -108,15 +108,15 @@ SIZES = dict(csmae=MAE, cmmae=MAE, duch_pairs=dict(TRANSFORMER, depth=1, n_bits=
 ALONE = dict(cmr_weight=0, mim_weight=0)                    # of a masked autoencoder that sees one sensor
 NORM = dict(features=None, vessels="vessel", class_folders=None)
 OURS = {o for o in DATASETS.list() if DATASETS.get(o).__module__.startswith("rsir_nb.")}
-METHODS_HERE = [o for o in METHODS.list() if METHODS.get(o).__module__.startswith("rsir_nb.")]
+STANDS_ON_A_RUN = {"probe"}     # see its own page and test_train
+METHODS_HERE = [o for o in METHODS.list() if METHODS.get(o).__module__.startswith("rsir_nb.") and o not in STANDS_ON_A_RUN]
 
 
 def fits(archive, method):
     "Why a method cannot work on an archive; nothing if it can."
     units, n = {o.unit for o in archive.sensors.values()}, len(archive.sensors)
     if method == "duch": return None if units == {"feature"} else "learns on features, or on a run's embeddings"
-    if method == "probe": return "stands on a trained run"
-    if units == {"feature"}: return None if method in ("band_quantiles", *METRIC_SIZES) else "vectors are no images"
+    if units == {"feature"}: return None if method in ("band_quantiles", "contrastive", "cross_modal", *METRIC_SIZES) else "vectors are no images"
     if method in ("duch_pairs", "band_cca", "contrastive", "cross_modal") and n < 2: return "wants two sensors"
     if method in METRIC_SIZES and archive.vocab is None: return "wants labels"
     return None

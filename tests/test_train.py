@@ -204,3 +204,17 @@ if __name__ == '__main__':
     assert run_python(code) == 0
     history = read_history(tmp_path/"run")
     assert history["step"].tolist() == list(range(1, 3*STEPS + 1)) and (tmp_path/"run"/"method").is_dir()
+
+
+def test_a_probe_stands_on_a_run_whose_embeddings_are_computed_once(tmp_path, whole):
+    import tiny_plugin
+    cfg = lambda: tiny_config(tmp_path/"probe", "method=probe", f"method.backbone={whole}", "method.embed_dim=8", "trainer.val_split=val")
+    pretrain(cfg(), progress=False)
+    before, first = tiny_plugin.reads, load_method(tmp_path/"probe")
+    shutil.rmtree(tmp_path/"probe"/"method")
+    (tmp_path/"probe"/"finished.json").unlink()
+    pretrain(cfg(), progress=False)    # the stores of embeddings are there: only the patches' size is read
+    assert tiny_plugin.reads - before <= 1 and load_method(tmp_path/"probe").weights_hash == first.weights_hash
+    frozen, x = load_method(whole), build_archive(cfg().data)[0]["s1"][None]
+    assert torch.allclose(first.embed(x, "s1"), first.layers["s1"](frozen.embed(x, "s1")), atol=1e-6)
+    assert sorted(o.name for o in (tmp_path/"probe"/"features").iterdir()) == ["train", "val"]
