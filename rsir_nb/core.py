@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError', 'InputError', 'UnknownNameError',
            'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'unknown_name', 'Registry',
-           'package_sources', 'modules_with', 'registered_parts', 'legal_arguments', 'check_arguments', 'load_plugins',
-           'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json', 'folder_lock', 'content_hash',
-           'make_rng']
+           'package_sources', 'modules_with', 'registered_parts', 'registries', 'legal_arguments', 'check_arguments',
+           'load_plugins', 'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json', 'folder_lock',
+           'content_hash', 'make_rng']
 
 # %% ../nbs/00_core.ipynb #266f6cab
 import ast, hashlib, importlib, importlib.util, inspect, json, os, re, shutil
@@ -78,6 +78,7 @@ class Registry:
 
     def register(self,
         name:str|None=None, # lower snake case; the builder's own name by default
+        description:str|None=None, # one line, of a lambda; others have a docstring
         **meta, # facts shown by `info`: paper=, licence=, sensors=, ...
     ) -> Callable: # a decorator
         "Register the decorated class or function under `name`."
@@ -87,6 +88,7 @@ class Registry:
             if old is not None and not _same_home(old, builder):
                 raise InputError(f"the {self.kind} {key!r} is registered twice", found=_home(builder),
                                  wanted=f"another name, since {_home(old)} has this one")
+            if description: builder.__doc__ = description
             self.entries[key], self.meta[key] = builder, meta
             return builder
         return decorate
@@ -151,33 +153,35 @@ def modules_with(
 @lru_cache
 def registered_parts() -> dict[str, dict[str, dict]]: # kind -> name -> name, description, home, facts
     "What the package registers, read from its source."
-    texts = _texts()
-    made = re.compile(r"^(\w+) *= Registry\('([^']+)'\)", re.M)
-    kinds = dict(o for text in texts.values() for o in made.findall(text))
-    found = {kind: {} for kind in kinds.values()}
-    for module, text in texts.items():
+    kinds = {home.rpartition('.')[2]: kind for kind, home in registries().items()}
+    found = {kind: {} for kind in registries()}
+    for module, text in _texts().items():
         if '.register(' not in text: continue
-        for variable, part in _decorated(ast.parse(text), module):
+        for variable, part in _registered(ast.parse(text), module):
             if variable in kinds: found[kinds[variable]][part['name']] = part
     return found
 
+@lru_cache
+def registries() -> dict[str, str]: # kind -> where it is, e.g. 'rsir_nb.data.samplers.SAMPLERS'
+    "The package's registries, read from its source."
+    made = re.compile(r"^(\w+) *= Registry\('([^']+)'\)", re.M)
+    return {kind: f'{home}.{name}' for home, text in _texts().items() for name, kind in made.findall(text)}
+
 # %% ../nbs/00_core.ipynb #6b0e3c6b
-def _decorated(tree, module):
-    "Every `@NAME.register('part', fact=...)` of a module, as NAME and what `Registry.info` returns."
+def _registered(tree, module):
+    "Every top-level `NAME.register('part', fact=...)` as NAME and what `Registry.info` returns."
     for node in tree.body:
-        for call in getattr(node, 'decorator_list', ()):
-            func = getattr(call, 'func', None)
-            if not isinstance(func, ast.Attribute) or func.attr != 'register': continue
-            name = call.args[0].value if call.args else node.name.lower()
+        for call in getattr(node, 'decorator_list', [getattr(getattr(node, 'value', None), 'func', None)]):
+            if getattr(getattr(call, 'func', None), 'attr', None) != 'register': continue
+            name, doc = [*(o.value for o in call.args), None, None][:2]
+            doc = doc or (ast.get_docstring(node) or '').split('\n')[0]
             facts = {o.arg: ast.literal_eval(o.value) for o in call.keywords if _is_literal(o.value)}
-            doc = (ast.get_docstring(node) or '').split('\n')[0]
-            about = dict(name=name, description=doc, home=f'{module}.{node.name}')
-            yield ast.unparse(func.value), {**about, **facts}
+            about = dict(name=name or node.name.lower(), description=doc)
+            home = f"{module}.{getattr(node, 'name', '<lambda>')}"
+            yield ast.unparse(call.func.value), dict(about, home=home, **facts)
 
 def _is_literal(node):
-    try: ast.literal_eval(node)
-    except ValueError: return False
-    return True
+    return all(isinstance(o, (ast.Constant, ast.Tuple, ast.List, ast.Load)) for o in ast.walk(node))
 
 # %% ../nbs/00_core.ipynb #99dd9616
 def legal_arguments(

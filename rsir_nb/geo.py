@@ -14,7 +14,7 @@ from .core import CorruptError, InputError, MissingFileError, atomic_path, lazy_
 
 # %% auto #0
 __all__ = ['wkb_polygon', 'wkb_quads', 'wkb_box', 'footprint', 'read_shapes', 'wkb_to_geojson', 'ground_side', 'bounding_boxes',
-           'overlaps_box', 'write_geoparquet', 'read_geoparquet']
+           'write_geoparquet', 'read_geoparquet']
 
 # %% ../nbs/04_geo.ipynb #8f62f17f
 pd = lazy_import('pandas')
@@ -118,18 +118,6 @@ def bounding_boxes(
 ) -> np.ndarray: # (N,4) west, south, east, north in degrees; NaN where there is no geometry
     "The bounding box of every geometry."
     return shapely.bounds(read_shapes(geometries))
-
-# %% ../nbs/04_geo.ipynb #82865105
-def overlaps_box(
-    geometries:Iterable[bytes|None], # WKB, one an item
-    box:Sequence[float], # west, south, east, north in degrees
-) -> np.ndarray: # bool (N,)
-    "Which geometries' bounding boxes share a point with `box`."
-    west, south, east, north = map(float, box)
-    if not (west <= east and south <= north):
-        raise InputError("this is no box", found=tuple(box), wanted="west, south, east, north in degrees")
-    b = bounding_boxes(geometries)
-    return (b[:, 0] <= east) & (b[:, 2] >= west) & (b[:, 1] <= north) & (b[:, 3] >= south)
 
 # %% ../nbs/04_geo.ipynb #cd8ffdf1
 def _geo_metadata(geometries):

@@ -1,9 +1,10 @@
 """The command line: what it prints, and that a user's mistake is one message and status 2, never a traceback."""
+import re
 import subprocess
 import sys
 
 import pytest
-from rsir_nb.cli import main
+from rsir_nb.cli import KINDS, MORE, main
 from rsir_nb.core import RsirError
 
 SMALL = ["data.n_places=3", "data.patches_per_place=2", "data.img_size=30"]
@@ -21,6 +22,7 @@ SMALL = ["data.n_places=3", "data.patches_per_place=2", "data.img_size=30"]
     ("pretrain demo trainer.accelerator=tpu data.n_places=3 data.patches_per_place=1", "this machine cannot train so"),
     ("pretrain demo trainer.devices=9999 trainer.accelerator=cpu data.n_places=3 data.patches_per_place=1", "at most"),
     ("list metods", "methods"),
+    ("list sampler", "samplers"),
     ("data convert synthtic out.store", "synthetic"),
     ("data convert ben_v2_lmdb out.store data.path=nowhere data.metadata=nowhere.parquet", "nowhere"),
     ("data info nowhere.store", "nowhere.store"),
@@ -37,6 +39,47 @@ def test_a_mistake_is_one_message(line, said, capsys, tmp_path, monkeypatch):
     assert main(line.split()) == 2
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
+
+
+def test_list_shows_every_kind_that_a_config_can_name(capsys):
+    "The kinds are those of the source; the hash heads alone are chosen by the methods."
+    from rsir_nb.core import registered_parts
+    parts = registered_parts()
+    assert set(KINDS.values()) == {*parts} - {"hash head"}
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for kind in KINDS:
+        assert main(["list", kind]) == 0
+        out = capsys.readouterr().out
+        names = re.findall(r"^  (\w+) +\S", out.replace("  and any name", "and any name"), re.M)
+        assert out.startswith(f"{kind}:") and names == sorted(parts[KINDS[kind]]), kind
+        assert all(f"\n  {o} " in shown for o in names)
+
+
+@pytest.mark.parametrize("kind, line", [
+    ("samplers", "clusters               Batches from one cluster each."), ("metrics", "source: M3: CV4RS, as mAP@k"),
+    ("distances", "chi2"), ("optimisers", "and any name of timm's factory, e.g. lamb, lion or adopt"),
+    ("schedules", "one_cycle"), ("miners", "paper: https://arxiv.org/abs/1503.03832"), ("augmentations", "rotate90"),
+])
+def test_list_of_one_kind(kind, line, capsys):
+    assert main(["list", kind]) == 0
+    assert line in capsys.readouterr().out
+
+
+def test_the_optimisers_that_the_list_names_are_known():
+    from rsir_nb.methods.optim import make_optim
+    for name in re.findall(r"\b(?:lamb|lion|adopt)\b", MORE["optimisers"]): assert make_optim({"name": name}).name == name
+    assert len(re.findall(r"\b(?:lamb|lion|adopt)\b", MORE["optimisers"])) == 3
+
+
+def test_a_part_of_this_process_is_listed(capsys):
+    from rsir_nb.data.samplers import SAMPLERS
+    SAMPLERS.register("of_this_test", "Nothing is drawn.")(lambda archive, batch_size, seed: [])
+    try:
+        assert main(["list", "samplers"]) == 0
+        assert "of_this_test           Nothing is drawn." in capsys.readouterr().out
+    finally:
+        del SAMPLERS.entries["of_this_test"], SAMPLERS.meta["of_this_test"]
 
 
 def test_debug_shows_the_error():

@@ -14,6 +14,7 @@ from PIL import Image
 from rsir_nb.all import import_pages
 from rsir_nb.config import load_config, to_dict
 from rsir_nb.core import DATASETS, METHODS, InputError
+from rsir_nb.data.bigearthnet_tuples import write_tuple_lmdbs
 from rsir_nb.data.layouts import write_v1_lmdb, write_v1_tiff, write_v2_lmdb, write_v2_tiff
 from rsir_nb.data.store import write_store
 from rsir_nb.simulate.synthetic import SyntheticArchive, write_scene
@@ -39,6 +40,11 @@ def v2_lmdb(home):
 def v1_tiff(home):
     write_v1_tiff(SyntheticArchive(**PAIRS), home, progress=False)
     return dict(s2_dir=home / "BigEarthNet-v1.0", s1_dir=home / "BigEarthNet-S1-v1.0")
+
+
+def tuples(home):
+    write_tuple_lmdbs(SyntheticArchive(**PAIRS), home)
+    return dict(s2_path=home / "S2", s1_path=home / "S1", split_dir=home / "splits")
 
 
 def v2_tiff(home):
@@ -87,7 +93,7 @@ def features(home):
 def joined(home): return dict(parts=[dict(name="synthetic", seed=k, **PAIRS) for k in range(2)])
 
 
-MAKERS = dict(ben_v1_lmdb=v1_lmdb, ben_v1_tiff=v1_tiff, ben_v2_lmdb=v2_lmdb, ben_v2_tiff=v2_tiff, store=store,
+MAKERS = dict(ben_tuples_lmdb=tuples, ben_v1_lmdb=v1_lmdb, ben_v1_tiff=v1_tiff, ben_v2_lmdb=v2_lmdb, ben_v2_tiff=v2_tiff, store=store,
               class_folders=class_folders, paired_folders=paired_folders, scenes=scenes, features=features, joined=joined,
               synthetic=lambda home: dict(PAIRS), vessels=lambda home: dict(root=write_vessels(home, img_size=64)))
 
@@ -96,8 +102,9 @@ MAE = dict(TRANSFORMER, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads
 METRIC = dict(backbone=dict(name="vit", embed_dim=16, depth=1, num_heads=2))
 METRIC_SIZES = dict(margin=dict(METRIC, sizes=[16]), diva=dict(METRIC, sizes=[8]*4), divide_conquer=dict(METRIC, sizes=[8]*2),
                     bier=dict(METRIC, sizes=[8, 8]), sndl=dict(METRIC, sizes=[16]))
+PAIRS_OF = dict(METRIC, projection=dict(name="mlp", embed_dim=8))
 SIZES = dict(csmae=MAE, cmmae=MAE, duch_pairs=dict(TRANSFORMER, depth=1, n_bits=16), duch=dict(n_bits=16, hidden_dim=32),
-             **METRIC_SIZES)
+             contrastive=PAIRS_OF, cross_modal=PAIRS_OF, **METRIC_SIZES)
 ALONE = dict(cmr_weight=0, mim_weight=0)                    # of a masked autoencoder that sees one sensor
 NORM = dict(features=None, vessels="vessel", class_folders=None)
 OURS = {o for o in DATASETS.list() if DATASETS.get(o).__module__.startswith("rsir_nb.")}
@@ -108,8 +115,9 @@ def fits(archive, method):
     "Why a method cannot work on an archive; nothing if it can."
     units, n = {o.unit for o in archive.sensors.values()}, len(archive.sensors)
     if method == "duch": return None if units == {"feature"} else "learns on features, or on a run's embeddings"
+    if method == "probe": return "stands on a trained run"
     if units == {"feature"}: return None if method in ("band_quantiles", *METRIC_SIZES) else "vectors are no images"
-    if method in ("duch_pairs", "band_cca") and n < 2: return "wants two sensors"
+    if method in ("duch_pairs", "band_cca", "contrastive", "cross_modal") and n < 2: return "wants two sensors"
     if method in METRIC_SIZES and archive.vocab is None: return "wants labels"
     return None
 

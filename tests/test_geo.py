@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 from rsir_nb.core import CorruptError, InputError, MissingFileError
-from rsir_nb.geo import (bounding_boxes, footprint, overlaps_box, read_geoparquet, wkb_box, wkb_polygon, wkb_quads,
+from rsir_nb.geo import (bounding_boxes, footprint, read_geoparquet, wkb_box, wkb_polygon, wkb_quads,
                          wkb_to_geojson, write_geoparquet)
 
 
@@ -72,7 +72,6 @@ def test_boxes_of_a_mixed_column():
     found = bounding_boxes(some)
     np.testing.assert_array_equal(found[[0, 2, 4]], [[1, 2, 3, 4], [7, 8, 7, 8], [-5, -4, -3, -2]])
     assert np.isnan(found[[1, 3]]).all() and bounding_boxes([]).shape == (0, 4)
-    np.testing.assert_array_equal(overlaps_box(some, (3, 4, 7, 8)), [True, False, True, False, False])
 
 
 def test_footprint_follows_the_projection():

@@ -1,4 +1,6 @@
 "A run's codes searched in a file, by tables, in a database and on a cluster: the same answers, from the same config."
+import shutil
+
 import numpy as np
 import pytest
 
@@ -69,6 +71,20 @@ def test_an_engine_of_an_outsider(run, tmp_path):
     assert all(o.startswith("toy://archive/rsir_") for o in served)
     assert answers(again, plain.store.ids[:3]) == answers(plain, plain.store.ids[:3])
     assert main(["index", str(run), "index.engine=hamming"]) == 0
+
+
+def test_other_weights_have_a_place_of_their_own(run, tmp_path):
+    "At one address: codes made anew do not meet those from before, whose ids are the same."
+    from toy_server import served
+    copy = shutil.copytree(run, tmp_path/"run")
+    assert main(["index", str(copy), "index.engine=toy://shared"]) == 0
+    before = {o for o in served if o.startswith("toy://shared/")}
+    train_hash(copy, overwrite=True, progress=False, epochs=2, lr=0.05)
+    assert main(["index", str(copy), "index.engine=toy://shared"]) == 0
+    found = open_search(copy)
+    plain = Retriever.build(found.method, found.store, tmp_path/"plain")
+    assert answers(found, plain.store.ids[:3]) == answers(plain, plain.store.ids[:3])
+    assert len({o for o in served if o.startswith("toy://shared/")} - before) == 2
 
 
 @pytest.mark.parametrize("address, kept", [

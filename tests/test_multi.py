@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from rsir_nb.core import INDEXES, CorruptError, InputError, UnknownNameError
 from rsir_nb.retrieval.buckets import BucketTables, _bits, _walk
 from rsir_nb.retrieval.codes import hamming_distances
-from rsir_nb.retrieval.duplicates import (DuplicatePairs, duplicate_groups, group_table, iter_near_duplicates,
-                                          near_duplicates, pair_table)
+from rsir_nb.retrieval.duplicates import DuplicatePairs, duplicate_groups, iter_near_duplicates, near_duplicates
 from rsir_nb.retrieval.hamming import HammingIndex
 from rsir_nb.retrieval.local import load_arrays, save_arrays
 from rsir_nb.retrieval.substrings import count_buckets, substring_cuts, table_bytes
@@ -457,7 +456,6 @@ def test_limit_is_exact_and_indexes_are_taken():
     for few, tables in [(codes[:0], True), (codes[:0], "auto"), (codes[:1], True), (codes[:1], False)]:
         pairs = near_duplicates(few, 3, tables=tables)
         assert [o.shape for o in pairs] == [(0,)]*3 and len(duplicate_groups(pairs, len(few))) == len(few)
-        assert len(pair_table(pairs)) == len(group_table(np.arange(len(few)))) == 0
 
 
 def test_a_filter_comes_as_a_mask_or_as_positions():
@@ -491,13 +489,11 @@ def test_groups_are_connected_components():
     assert not duplicate_groups(DuplicatePairs(chain[:-1][::-1], chain[1:][::-1], chain[1:]), 100_000).any()
 
 
-def test_tables_of_pairs_and_groups():
+def test_pairs_and_groups_of_a_few():
     codes = np.packbits(np.array([[0]*8, [1] + [0]*7, [1]*8, [0]*8, [1]*8], np.uint8), axis=1)
-    pairs, ids = near_duplicates(codes, 1), list("abcde")
-    table = pair_table(pairs, ids)
-    assert table.values.tolist() == [["a", "d", 0], ["c", "e", 0], ["a", "b", 1], ["b", "d", 1]]
-    groups = group_table(duplicate_groups(pairs, 5), ids)
-    assert groups.values.tolist() == [["a", 3, "a"], ["a", 3, "b"], ["a", 3, "d"], ["c", 2, "c"], ["c", 2, "e"]]
+    pairs = near_duplicates(codes, 1)
+    assert list(zip(*(o.tolist() for o in pairs), strict=True)) == [(0, 1, 1), (0, 3, 0), (1, 3, 1), (2, 4, 0)]
+    assert duplicate_groups(pairs, 5).tolist() == [0, 0, 2, 0, 2]
 
 
 BAD_JOINS = {
@@ -509,7 +505,6 @@ BAD_JOINS = {
     "limit": (lambda codes: near_duplicates(codes, 1, limit=-1), "from 0"),
     "floats": (lambda codes: near_duplicates(codes/2, 1), "pack_bits"),
     "other archive": (lambda codes: duplicate_groups(near_duplicates(codes, 20), 2), "not of this archive"),
-    "few ids": (lambda codes: group_table(np.zeros(5, int), list("abc")), "too few ids"),
 }
 
 

@@ -5,19 +5,21 @@ import torch
 
 from rsir_nb.core import InputError, UnknownNameError
 from rsir_nb.models.necks import NECKS, PartsNeck, PoolingNeck, ProjectionNeck, make_neck
+from rsir_nb.models.projections import MlpNeck, ReluNeck
 
 
 def features(n=6, f=96): return torch.randn(n, f, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("spec,width", [("projection", 64), ("pooling", 64), ("parts", 512), (None, 96), (dict(name="pooling", embed_dim=5), 5),
-                                        (dict(name="parts", sizes=[3, 4]), 7), (dict(name="projection", embed_dim=9), 9)], ids=str)
+                                        (dict(name="parts", sizes=[3, 4]), 7), (dict(name="projection", embed_dim=9), 9),
+                                        ("relu", 128), ("mlp", 128), (dict(name="mlp", embed_dim=9, hidden_dim=5, layers=3, relu=True), 9)], ids=str)
 def test_every_neck_says_how_long_its_embeddings_are(spec, width):
     neck = make_neck(spec, 96).eval()
     assert neck(features()).shape == (6, width) and neck.embed_dim == width
 
 
-def test_all_registered_necks_are_tested(): assert set(NECKS.list()) == {"projection", "pooling", "parts"}
+def test_all_registered_necks_are_tested(): assert set(NECKS.list()) == {"projection", "pooling", "parts", "relu", "mlp"}
 
 
 @pytest.mark.parametrize("long,short", [(96, 64), (100, 64), (7, 7), (7, 1), (1152, 64)])
@@ -52,3 +54,14 @@ def test_parts_are_normalised_one_by_one_and_weighted_at_evaluation_only():
     (lambda: make_neck(dict(name="pooling", dim=4), 8), UnknownNameError, "embed_dim")])
 def test_what_is_refused(make, error, word):
     with pytest.raises(error, match=word): make()
+
+
+def test_projection_heads():
+    x = features()
+    relu, mlp = ReluNeck(96, 8), MlpNeck(96, 8, relu=True).eval()
+    assert torch.allclose(relu(x), (x @ relu[0].weight.T + relu[0].bias).clamp(min=0), atol=1e-5)
+    assert relu.nonnegative and mlp.nonnegative and not MlpNeck(96).nonnegative and (mlp(x) >= 0).all()
+    assert torch.allclose(mlp(x)[:1], mlp(x[:1]), atol=1e-5)
+    for bad in dict(layers=1), dict(hidden_dim=0), dict(embed_dim=0):
+        with pytest.raises(InputError, match="no multilayer perceptron"): MlpNeck(96, **bad)
+    with pytest.raises(InputError, match="embed_dim 0"): ReluNeck(96, 0)

@@ -20,7 +20,9 @@ from .base import Archive
 from .classes import Vocab
 from .files import SkipList, date_in_name, find_files
 from .images import ImageFiles, keep_usable
+from .pairing import match_files
 from .rasters import footprints
+from .split_lists import split_by_place
 from ..sensors import Sensor, sensor_map
 
 # %% ../../nbs/17_data.folders.ipynb #1d5f4724
@@ -136,10 +138,20 @@ def _table_of_pairs(infos, files):
         table['modalities'] = [list(have) for have in infos.values()]
     return table.join(_places([info for _, info in firsts], next(iter(files.values()))))
 
+# %% ../../nbs/17_data.folders.ipynb #6d0b1fa9
+def _by_stem(home): return {path: path.stem for path in find_files(home, _IMAGES)}
+
+def _with_places(table, places, split, seed):
+    "The table with the places that a pattern found, and with splits of them; a pair without one is its own."
+    if places: table = table.assign(place=table['id'].map(places))
+    if split is None: return table
+    own = table if places else table.assign(place=table['id'])
+    return table.assign(split=split_by_place(own, split, seed))
+
 # %% ../../nbs/17_data.folders.ipynb #e41f7695
 @DATASETS.register('paired_folders')
 class PairedFolders(Archive):
-    "Images in a folder a sensor; the same file name makes a pair."
+    "Images in a folder a sensor, or of paths that a pattern pairs."
     def __init__(self,
         root:str|Path, # folder with a folder a modality
         sensors:Sequence[str]|Mapping[str, str|Sensor|Mapping]=('s1', 's2'), # names, or modality -> sensor
@@ -149,28 +161,37 @@ class PairedFolders(Archive):
         offset:Mapping[str, float]|None=None, # modality -> to the unit
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        pattern:str|None=None, # of paths from `root`, see `match_files`; one folder per sensor by default
+        tokens:Mapping[str, str]|None=None, # modality -> the word for `{sensor}`; the modality by default
+        split:Mapping[str, float]|None=None, # split -> its part, divided by `{place}`; none by default
+        seed:int=0, # chooses the places of the splits
         only_complete:bool=False, # leave out what a sensor has not seen
         check:bool=False, # read every image once in the beginning
         on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad images, see `SkipList`
     ):
         sensors, skips = sensor_map(sensors), SkipList(on_error)
-        of = _by_modality(sensors, folders=folders, bands=bands, scale=scale, offset=offset)
+        of = _by_modality(sensors, folders=folders, tokens=tokens, bands=bands, scale=scale, offset=offset)
         self.files = {m: ImageFiles(sensor, of(m, 'bands'), of(m, 'scale'), of(m, 'offset'), img_size, fit)
                       for m, sensor in sensors.items()}
-        found = {m: self._look(m, Path(root, of(m, 'folders') or m), check, skips) for m in sensors}
+        homes = {m: Path(root, of(m, 'folders') or m) for m in sensors}
+        if pattern is None: paths, places = {m: _by_stem(o) for m, o in homes.items()}, {}
+        else: paths, places = match_files(root, {m: of(m, 'tokens') or m for m in sensors}, pattern, _IMAGES)
+        what = {m: f"the sensor {m} ({root if pattern else homes[m]})" for m in sensors}
+        found = {m: self._look(m, what[m], paths[m], check, skips) for m in sensors}
         self.infos = _pairs(found, only_complete, skips)
         self.skipped, self.reading = skips.table, {m: files.reading for m, files in self.files.items()}
-        super().__init__(_table_of_pairs(self.infos, self.files), sensors)
+        table = _table_of_pairs(self.infos, self.files)
+        super().__init__(_with_places(table, places, split, seed), sensors)
 
-    def _look(self, modality, home, check, skips):
-        files, infos, paths, names = self.files[modality], {}, find_files(home, _IMAGES), set()
-        for path in tqdm(paths, desc=modality, disable=len(paths) < 10_000):
+    def _look(self, modality, what, paths, check, skips):
+        files, infos, names = self.files[modality], {}, set()
+        for path, name in tqdm(paths.items(), desc=modality, disable=len(paths) < 10_000):
             with skips.guard(path):
-                if path.stem in names: raise InputError(f"{home} has the name {path.stem} twice", found=path)
+                if name in names: raise InputError(f"{what} has the name {name} twice", found=path)
                 infos[path] = files.look(path, check)
-                names.add(path.stem)
-        infos = keep_usable(infos, files, skips, f"the sensor {modality} ({home})", len(paths))
-        return {path.stem: info for path, info in infos.items()}
+                names.add(name)
+        infos = keep_usable(infos, files, skips, what, len(paths))
+        return {paths[path]: info for path, info in infos.items()}
 
     def read(self, i:int) -> dict[str, Tensor]:
         return {m: self.files[m].read(info.path) for m, info in self.infos[self.ids[i]].items()}

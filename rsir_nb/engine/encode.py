@@ -85,9 +85,11 @@ def encode_shard(
         bad += [(i, text) for i, _, reasons in batch for text in reasons]
         seen = {m: [(i, good[m]) for i, good, _ in batch if m in good] for m in sensors}
         rows = {m: [i for i, _ in o] for m, o in seen.items() if o}
-        z = {m: embed_batch(method, [x for _, x in seen[m]], m, precision) for m in rows}
+        images = {m: [x for _, x in seen[m]] for m in rows}
+        z = {m: embed_batch(method, images[m], m, precision) for m in rows}
         for m in modalities:
-            at, x = fused_rows(method, rows, z, m) if m in method.joint else (rows.get(m), z.get(m))
+            if m in method.joint: at, x = fused_rows(method, rows, z, m, images)
+            else: at, x = rows.get(m), z.get(m)
             if not at: continue
             found = kept_of(method, x, m)
             if not job['embeddings']: del found['embeddings']

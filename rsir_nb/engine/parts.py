@@ -16,15 +16,18 @@ from omegaconf import DictConfig
 
 from ..config import group_arguments, group_kwargs, register_schema, to_dict
 from ..core import DATASETS, METHODS, InputError, RsirError, legal_arguments
+from ..data.augment import make_augment
 from ..data.base import Archive
+from ..data.samplers import make_sampler
 from ..methods.base import Method
 from ..methods.inputs import knows_bands
 from ..methods.optim import OptimConfig
+from ..metrics.named import check_metrics, is_metric, make_metric
 from ..rundir import method_folder
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'build_archive', 'TrainerConfig', 'trainer_config', 'split_of', 'build_method', 'describe_training',
-           'load_method']
+__all__ = ['PRECISIONS', 'build_archive', 'TrainerConfig', 'trainer_config', 'split_of', 'build_method', 'monitored',
+           'describe_training', 'load_method']
 
 # %% ../../nbs/70_engine.parts.ipynb #344a4944
 @contextmanager
@@ -62,6 +65,7 @@ class TrainerConfig:
     strategy:str = 'auto' # how several devices work together: 'ddp', 'ddp_spawn', ...
     num_nodes:int = 1 # machines
     num_workers:int = 0 # processes that read patches, for each device
+    cache:bool = True # compute the embeddings of a method's frozen part once, not in every epoch
     augment:Any = True # random flips (True), none (False), or a list of `AUGMENTATIONS`
     views:int = 1 # differently augmented copies of a patch in a batch; the second is `<modality>_view`
     sampler:Any = None # how batches are drawn: a name of `SAMPLERS`, or {name:, ...}; the method's by default
@@ -130,7 +134,8 @@ def build_method(
     legal = legal_arguments(METHODS.get(name))
     derived = dict(sensors=dict(archive.sensors), img_size=_side(archive), seed=cfg.seed,
                    optim=to_dict(cfg.optim), **_classes_for(legal, archive, cfg))
-    arguments = {**{k: v for k, v in derived.items() if k in legal}, **kwargs}
+    arguments = {**{k: v for k, v in derived.items() if k in legal},
+                 **{k: v for k, v in kwargs.items() if v is not None or k not in derived}}
     fitted = _needs_fit(name, arguments, archive)
     if fitted: arguments['norm'] = None
     with torch.random.fork_rng():
@@ -182,6 +187,19 @@ def _fit_norm(method, train, n=2048):
     method.fit_norm(train, n)
     log.info("means and standard deviations are those of %d training patches", min(n, len(train)))
 
+# %% ../../nbs/70_engine.parts.ipynb #ee87de7d
+def monitored(
+    o:TrainerConfig, # how the data is gone through
+) -> tuple[str|None, str]: # what decides which epoch is best, and whether it is the lowest or the highest
+    "Name and direction of `trainer.monitor`."
+    if not o.val_split: return None, 'min'
+    name = o.monitor or 'val/loss'
+    name = name if '/' in name else f'val/{name}'
+    if o.mode != 'auto': return name, o.mode
+    told = name.removeprefix('val/')
+    if '@' in told or is_metric(told): return name, make_metric(told).mode
+    return name, 'min'
+
 # %% ../../nbs/70_engine.parts.ipynb #ae26fe93
 def describe_training(
     cfg:DictConfig, # a whole config
@@ -198,7 +216,12 @@ def describe_training(
     told = dict(archive=f"{type(archive).__name__}: {archive.coverage()}",
                 sensors='; '.join(f"{m} ({s.band_list} in {s.unit})" for m, s in method.sensors.items()),
                 training=f"{complete:,} patches of the split {o.train_split}")
-    if o.val_split: told['validation'] = f"{len(split_of(archive, o.val_split)):,} patches"
+    make_sampler(o.sampler or method.sampler or 'epoch', train, o.batch_size, cfg.seed)
+    make_augment(o.augment)
+    if o.val_split:
+        val, (name, mode) = split_of(archive, o.val_split), monitored(o)
+        if is_metric(name.removeprefix('val/')): check_metrics([name.removeprefix('val/')], val)
+        told['validation'] = f"{len(val):,} patches; the best epoch by {name}, {mode}"
     told['images'] = f"{method.img_size} x {method.img_size} pixels{f', tokens of {patch}' if patch else ''}"
     told['method'] = f"{type(method).__name__}, embeddings of {method.embed_dim} numbers"
     told['parameters'] = f"{counts}, of which {learned:,} learn"

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig
@@ -20,22 +21,26 @@ from torch import Tensor
 from ..config import load_run_config, save_config, to_dict
 from ..core import InputError, MissingFileError, folder_lock, write_json
 from ..machine import declare_torchvision_ops
-from ..data.base import Archive
+from ..data.base import Archive, TensorArchive
 from ..data.module import ArchiveData
+from .encode import encode
 from .loop import RetrievalMonitor, Training
-from .parts import TrainerConfig, build_archive, build_method, split_of, trainer_config
+from .parts import (TrainerConfig, build_archive, build_method, monitored, split_of,
+                                  trainer_config)
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepEpochs, RunBar,
                                  StopEarly, last_checkpoint, make_wandb)
 from ..methods.base import Method
-from ..metrics.named import check_metrics, is_metric, make_metric, score_embeddings
+from ..methods.hashing import feature_sensor
+from ..metrics.named import check_metrics, is_metric, score_embeddings
 from ..methods.optim import make_optim
+from ..retrieval.codes import CodeStore
 declare_torchvision_ops()
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 # %% auto #0
-__all__ = ['config_changes', 'pretrain', 'fit_method', 'monitored', 'make_data', 'make_trainer', 'quiet_lightning', 'first_pairs',
-           'read_history']
+__all__ = ['config_changes', 'pretrain', 'fit_method', 'CachedArchive', 'cache_features', 'make_data', 'make_trainer',
+           'quiet_lightning', 'first_pairs', 'read_history']
 
 # %% ../../nbs/70d_engine.train.ipynb #c5f2db59
 def config_changes(
@@ -73,7 +78,7 @@ def _same_config(cfg, run_dir):
 def _clear(run_dir):
     "Remove what a former run left."
     for name in ('checkpoints', 'pictures', 'method', 'hash', 'wandb', 'codes', 'codes.part', 'search',
-                 'baselines', 'evaluation'):
+                 'baselines', 'evaluation', 'features'):
         shutil.rmtree(run_dir/name, ignore_errors=True)
     for name in 'metrics.csv', 'finished.json', 'config.yaml': (run_dir/name).unlink(missing_ok=True)
 
@@ -145,6 +150,10 @@ def fit_method(
     loggers:Sequence=(), # Lightning loggers
 ) -> dict|None: # epoch, name and value of what was best; None without `val`
     "Lightning's loop, from the last checkpoint if there is one."
+    if method.frozen is not None and o.cache and folder is not None:
+        home, method.cached = Path(folder)/'features', True
+        train, val = (a and cache_features(method, a, home/name, o, progress)
+                      for name, a in dict(train=train, val=val).items())
     data, (monitor, mode) = make_data(method, train, val, o, seed), monitored(o)
     callbacks, keep, last = [EpochSeeds(seed), *callbacks], None, None
     if o.patience: callbacks.append(StopEarly(monitor, mode=mode, patience=o.patience))
@@ -156,23 +165,40 @@ def fit_method(
     with quiet_lightning():
         trainer = make_trainer(o, method.optim.epochs, callbacks, loggers)
         with torch.random.fork_rng():
-            trainer.fit(Training(method, _retrieval(monitor, data)), datamodule=data,
-                        ckpt_path=last and last_checkpoint(last))
+            try: trainer.fit(Training(method, _retrieval(monitor, data)), datamodule=data,
+                             ckpt_path=last and last_checkpoint(last))
+            finally: method.cached = False
     return keep and _take_best(method, keep, method.optim.epochs)
 
-# %% ../../nbs/70d_engine.train.ipynb #8d942b38
-def monitored(
-    o:TrainerConfig, # how the data is gone through
-) -> tuple[str|None, str]: # what decides which epoch is best, and whether it is the lowest or the highest
-    "Name and direction of `trainer.monitor`."
-    if not o.val_split: return None, 'min'
-    name = o.monitor or 'val/loss'
-    name = name if '/' in name else f'val/{name}'
-    if o.mode != 'auto': return name, o.mode
-    told = name.removeprefix('val/')
-    if '@' in told or is_metric(told): return name, make_metric(told).mode
-    return name, 'min'
+# %% ../../nbs/70d_engine.train.ipynb #9d9304ae
+class CachedArchive(TensorArchive):
+    "Embeddings of an archive as images of one pixel, with the archive's classes."
+    def __init__(self,
+        store:CodeStore, # of `encode`, with embeddings
+        archive:Archive, # whose patches they are of
+    ):
+        whole = {m: torch.from_numpy(np.array(x, np.float32)) for m, x in store.embeddings.items()}
+        z = {m: x[:, :, None, None] for m, x in whole.items()}
+        table = archive.table.iloc[[archive.number(o) for o in store.ids]]
+        sensors = {m: feature_sensor(m, x.shape[1]) for m, x in z.items()}
+        Archive.__init__(self, table, sensors, archive.vocab)
+        self.arrays = z
 
+def cache_features(
+    method:Method, # with a frozen part
+    archive:Archive, # what is embedded
+    path:str|Path, # folder of the store
+    o:TrainerConfig, # batch size, precision and workers
+    progress:bool=True, # show a progress bar
+) -> CachedArchive: # in memory
+    "The embeddings of a method's frozen part, computed once."
+    if o.views > 1 or o.augment not in (True, False): raise InputError("a frozen part sees each image once",
+        found=f"trainer.views {o.views}, trainer.augment {o.augment}", remedy="trainer.cache=false")
+    store = encode(method.frozen, archive, path, o.batch_size, o.num_workers, o.precision, progress=progress,
+                   modalities=list(method.sensors))
+    return CachedArchive(store, archive)
+
+# %% ../../nbs/70d_engine.train.ipynb #8d942b38
 def _retrieval(monitor, data):
     "What scores the validation split, where a metric of retrieval decides."
     name = (monitor or '').removeprefix('val/')
@@ -200,7 +226,7 @@ def make_data(
 ) -> ArchiveData: # batches for Lightning
     "The batches of a training."
     return ArchiveData(train, val, batch_size=o.batch_size, num_workers=o.num_workers, seed=seed,
-                       augment=o.augment, modalities=list(method.sensors),
+                       augment=False if method.cached else o.augment, modalities=list(method.sensors),
                        sampler=o.sampler or method.sampler, views=o.views)
 
 # %% ../../nbs/70d_engine.train.ipynb #d5114fbb

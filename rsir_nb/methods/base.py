@@ -10,22 +10,22 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import (METHODS, CorruptError, InputError, Registry, atomic_path, legal_arguments,
-                          make_rng, read_json, unknown_name)
+                          read_json, unknown_name)
 from ..machine import keep_freed_memory
 from .inputs import InputAdapter
 from .optim import OptimConfig, make_optim
 from ..models.fingerprint import Fingerprint
 from ..models.rowwise import evaluating, in_blocks
 from ..models.saving import fill_saved, plain, registered_name
+from ..models.trainable import Trainable
 
 # %% auto #0
 __all__ = ['HEADS', 'FORMAT', 'Method']
@@ -41,7 +41,7 @@ def _arguments(cls, args, kwargs):
     return found
 
 # %% ../../nbs/50b_methods.base.ipynb #dd93dcc5
-class Method(nn.Module):
+class Method(Trainable):
     "Turns images of one sensor, or of several together, into embeddings; base of every method."
     needs_training = True # whether it has an objective to be trained with
     least_batch = 64 # images that a batch is filled up to on a CPU
@@ -49,7 +49,7 @@ class Method(nn.Module):
     distance = 'cosine' # how embeddings are compared
     training_only = () # parts that only training needs: first words of their names in `state_dict`
     sampler = None # how batches are drawn unless the config says: a name of `SAMPLERS`, or dict(name=, ...)
-    frozen = None # a `Method` in it that never learns; where it is set, its embeddings are computed once
+    from_images = () # fusions of `joint` that are computed from images, not from the sensors' embeddings
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -71,7 +71,7 @@ class Method(nn.Module):
         self.sensors, self.img_size = self.inputs.sensors, img_size
         self.optim, self.seed = make_optim(optim), seed
         self.embed_dim, self.heads, self.joint, self.lacks = None, None, {}, ()
-        self.epoch, self.rank = 0, 0 # where the training is; the loop sets them
+        self.frozen, self.cached = None, False # a part that never learns; whether batches hold its embeddings
         self.__dict__['_fingerprint'] = Fingerprint()
 
     @property
@@ -85,11 +85,19 @@ class Method(nn.Module):
         return [*self.sensors, *self.joint]
 
     def encode(self,
-        x:Tensor, # normalised images, (B,C,H,W)
+        x:Tensor, # normalised images, (B,C,H,W); for `from_images` a dict, sensor -> images
         modality:str, # which sensor made them
     ) -> Tensor: # embeddings, (B,D)
         "What a subclass is about; called by `embed`, with gradients by `losses`."
-        raise InputError(f"{type(self).__name__} has no encode", wanted="encode(self, x, modality) -> (B,D)")
+        if self.frozen is None: raise InputError(f"{type(self).__name__} has no encode",
+                                                 wanted="encode(self, x, modality) -> (B,D)")
+        return self.top(self.frozen.encode(self.frozen.prepare(x, modality), modality), modality)
+
+    def train(self, mode:bool=True) -> Method: # itself
+        "Put it into training mode, but for a frozen part."
+        super().train(mode)
+        if self.frozen is not None: self.frozen.eval()
+        return self
 
 # %% ../../nbs/50b_methods.base.ipynb #1c9e8ee0
 @patch
@@ -103,10 +111,10 @@ def embed(self:Method,
     parts = {m: _embed_one(self, x[m], m) for m in wanted if m in x}
     if not parts: raise InputError("no image of this method's sensors", wanted=' or '.join(wanted),
                                    found=', '.join(map(str, x)) or 'none')
-    if modality in self.joint: return self.fused(parts, modality)
+    if modality in self.joint: return self.fused(parts, modality, x)
     if modality is not None: return parts[modality]
     some = [j for j, of in self.joint.items() if any(m in parts for m in of)]
-    return parts | {j: self.fused(parts, j) for j in some}
+    return parts | {j: self.fused(parts, j, x) for j in some}
 
 # %% ../../nbs/50b_methods.base.ipynb #ddae5de4
 def _embed_one(method, x, modality):
@@ -114,10 +122,12 @@ def _embed_one(method, x, modality):
     if modality in method.joint: raise InputError(f"{modality} is fused of several sensors",
         found=f"images of one, {tuple(np.shape(x))}",
         wanted=f"a dict of {' and '.join(method.joint[modality])}")
-    x = method.inputs.check(x, modality, method.device)
+    if method.cached: x, look = x.flatten(1).to(method.device), lambda rows: method.top(rows, modality)
+    else:
+        x = method.inputs.check(x, modality, method.device)
+        look = lambda rows: method.encode(method.prepare(rows, modality), modality)
     on_cpu = method.device.type == 'cpu'
     block, pad = (len(x), method.least_batch) if on_cpu else (method.gpu_batch, method.gpu_batch)
-    look = lambda rows: method.encode(method.prepare(rows, modality), modality)
     with evaluating(method): return _checked_rows(in_blocks(look, x, block, pad), method, len(x), modality)
 
 def _checked_rows(z, method, n, modality):
@@ -150,13 +160,22 @@ def fuse(self:Method,
 def fused(self:Method,
     parts:Mapping[str, Tensor], # modality -> embeddings of `embed`, (B,D), row by row the same places
     name:str, # one of `joint`
+    images:Mapping[str, Tensor]|None=None, # modality -> images in raw units, (B,C,H,W), for `from_images`
 ) -> Tensor: # embeddings, (B,D)
     "Fused embeddings, the same whatever else is in the batch."
-    z = {m: parts[m].to(self.device) for m in self.joint[name] if m in parts}
+    early = name in self.from_images
+    if early and images is None: raise InputError(f"{name} is computed from images", found="embeddings",
+                                                  wanted=f"images of {' or '.join(self.joint[name])}")
+    given, of = (images, self.inputs.check) if early else (parts, lambda o, m, device: o.to(device))
+    z = {m: of(given[m], m, self.device) for m in self.joint[name] if m in given}
     widths, rows = [o.shape[1] for o in z.values()], torch.cat(list(z.values()), 1)
-    join = lambda x: self.fuse(dict(zip(z, x.split(widths, 1), strict=True)), name)
+    def join(x):
+        some = dict(zip(z, x.split(widths, 1), strict=True))
+        if not early: return self.fuse(some, name)
+        return self.encode({m: self.prepare(o, m) for m, o in some.items()}, name)
+    pad = self.least_batch if early and self.device.type == 'cpu' else self.gpu_batch
     with evaluating(self):
-        return _checked_rows(in_blocks(join, rows, self.gpu_batch, self.gpu_batch), self, len(rows), name)
+        return _checked_rows(in_blocks(join, rows, max(pad, self.gpu_batch), pad), self, len(rows), name)
 
 # %% ../../nbs/50b_methods.base.ipynb #9b5158f8
 @patch
@@ -186,62 +205,22 @@ def hash(self:Method,
     x = embedding.to(self.device, torch.float32)
     with evaluating(self): return in_blocks(self.heads[modality], x, self.gpu_batch, self.gpu_batch)
 
-# %% ../../nbs/50b_methods.base.ipynb #68becf64
+# %% ../../nbs/50b_methods.base.ipynb #e4f76129
 @patch
-def losses(self:Method,
-    batch:dict, # modality -> images in raw units, (B,C,H,W)
-    generator:torch.Generator|None=None, # for the random numbers, on the CPU
-) -> dict[str, Tensor]: # 'loss', the total, and its terms
-    "The training objective; a method without one says so."
-    raise InputError(f"{type(self).__name__} has no training objective",
-                     remedy="use it as it is, or call its fit(archive)")
+def top(self:Method,
+    z:Tensor, # embeddings of the frozen part, (B,E)
+    modality:str, # which sensor made the images
+) -> Tensor: # embeddings, (B,D)
+    "What a subclass with a frozen part is about."
+    return z
 
 @patch
-def step_generator(self:Method,
-    *purpose:Any, # what the numbers are for
-) -> torch.Generator: # on the CPU
-    "Random numbers of this step, rank and `purpose`; a resumed training draws the same ones."
-    return torch.Generator().manual_seed(int(make_rng(self.seed, *purpose, self.global_rank).integers(2**62)))
-
-# %% ../../nbs/50b_methods.base.ipynb #0f04ecdf
-@patch
-def start_training(self:Method,
-    train, # the training archive; a batch's `row` is a row of it
-):
-    "Called once, before a resumed training gets its weights; allocate here what depends on the archive."
-
-@patch
-def start_epoch(self:Method,
-    epoch:int, # its number
-):
-    "Called before each epoch."
-
-@patch
-def after_step(self:Method,
-    batch:dict, # what was learned from
-):
-    "Called when the weights have moved: the place for memory banks and slowly following copies."
-
-@patch
-def optimisers(self:Method) -> dict[str, tuple]: # name -> (parameters or groups, `OptimConfig`)
-    "Which parameters learn, and how; groups may have a `lr_scale`. The first optimiser is the main one."
-    return dict(main=(self.parameters(), self.optim))
-
-@patch
-def steps(self:Method,
-    batch:dict, # modality -> images in raw units, (B,C,H,W)
-    generator:torch.Generator|None=None, # for the random numbers, on the CPU
-):
-    "Yield an optimiser's name and the terms that it lowers; the next are computed after its step."
-    yield 'main', self.losses(batch, generator=generator)
-
-# %% ../../nbs/50b_methods.base.ipynb #e82df175
-@patch
-def step_generator(self:Method,
-    *purpose:Any, # what the numbers are for
-) -> torch.Generator: # on the CPU
-    "Random numbers of this rank and `purpose`; a resumed training draws the same ones."
-    return torch.Generator().manual_seed(int(make_rng(self.seed, *purpose, self.rank).integers(2**62)))
+def frozen_rows(self:Method,
+    batch:Mapping, # modality -> images in raw units, (B,C,H,W), or their frozen embeddings, (B,E,1,1)
+) -> dict[str, Tensor]: # sensor -> embeddings of the frozen part, (B,E)
+    "What the frozen part makes of a batch, or has made of it."
+    seen = {m: batch[m] for m in self.sensors if m in batch}
+    return {m: x.flatten(1) if self.cached else self.frozen.embed(x, m) for m, x in seen.items()}
 
 # %% ../../nbs/50b_methods.base.ipynb #f2929bd8
 @patch

@@ -87,6 +87,7 @@ def fused_rows(
     rows:dict[str, list[int]], # sensor -> numbers of the patches that it has seen
     z:dict[str, torch.Tensor], # sensor -> their embeddings, (n,D)
     name:str, # one of the method's fusions
+    x:dict[str, list[torch.Tensor]]|None=None, # sensor -> their images in raw units, (C,H,W) each
 ) -> tuple[list[int], torch.Tensor|None]: # patch numbers, and their fused embeddings, (B,D)
     "Fused embeddings of all patches that any of the sensors has seen."
     of = [m for m in method.joint[name] if m in rows]
@@ -95,5 +96,8 @@ def fused_rows(
     for i in sorted({i for m in of for i in rows[m]}):
         groups.setdefault(tuple(m for m in of if i in at[m]), []).append(i)
     take = lambda m, some: z[m][[at[m][i] for i in some]]
-    made = [method.fused({m: take(m, some) for m in who}, name) for who, some in groups.items()]
+    shown = lambda who, some: {m: torch.stack([x[m][at[m][i]] for i in some]) for m in who}
+    early = name in method.from_images and x is not None
+    made = [method.fused({m: take(m, some) for m in who}, name, shown(who, some) if early else None)
+            for who, some in groups.items()]
     return [i for some in groups.values() for i in some], torch.cat(made).float() if made else None

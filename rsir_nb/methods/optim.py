@@ -15,8 +15,63 @@ from ..core import InputError, Registry, check_arguments, unknown_name
 from ..machine import declare_torchvision_ops
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULES', 'WARMUPS', 'adamw', 'adam', 'sgd', 'rmsprop', 'OptimConfig', 'make_optim', 'cosine',
+__all__ = ['OPTIMIZERS', 'SCHEDULES', 'WARMUPS', 'OptimConfig', 'make_optim', 'adamw', 'adam', 'sgd', 'rmsprop', 'cosine',
            'constant', 'step_list', 'exponential', 'one_cycle', 'lr_factor', 'SAM', 'make_optimizer']
+
+# %% ../../nbs/50a_methods.optim.ipynb #39f73749
+@dataclass(frozen=True)
+class OptimConfig:
+    "Settings of the optimiser and of its learning rate's course."
+    optimizer: str = 'adamw' # one of `OPTIMIZERS`, or of timm's factory
+    lr: float = 1e-4 # learning rate after the warm-up
+    weight_decay: float = 0.05 # on every parameter, unless `no_decay` is set
+    no_decay: bool = False # whether biases and the parameters of norms are left out of the weight decay
+    betas: tuple = (0.9, 0.95) # of Adam and AdamW
+    momentum: float = 0.9 # of SGD and RMSprop
+    options: dict = field(default_factory=dict) # further arguments of the optimiser
+    sam_rho: float|None = None # radius of sharpness-aware minimisation, e.g. 0.05; None for none
+    warmup_epochs: float = 10 # epochs in which the learning rate rises
+    warmup: str = 'linear' # how it rises: 'linear' from 0, or 'exponential'
+    epochs: int = 150 # length of the training
+    schedule: str = 'cosine' # one of `SCHEDULES`: the learning rate after the warm-up
+    min_factor: float = 0. # what the cosine ends at, as part of `lr`
+    milestones: tuple = () # epochs in which the schedule 'step' lowers the learning rate
+    gamma: float = 0.1 # what 'step' multiplies it with at each milestone, and 'exponential' in each epoch
+
+    def __post_init__(self):
+        for key in 'betas', 'milestones': object.__setattr__(self, key, tuple(getattr(self, key)))
+        object.__setattr__(self, 'options', dict(self.options or {}))
+        _check_name(self.optimizer)
+        SCHEDULES.get(self.schedule)
+        if self.warmup not in WARMUPS: raise unknown_name('warm-up', self.warmup, WARMUPS)
+        if len(self.betas) != 2 or not all(0 <= o < 1 for o in self.betas):
+            raise InputError("these are no betas of AdamW", found=list(self.betas),
+                             wanted="two numbers, 0 <= beta < 1")
+        if not (self.lr > 0 and self.epochs >= 1 and self.warmup_epochs >= 0 and self.weight_decay >= 0):
+            raise InputError("the optimiser cannot work with this",
+                found=f"lr {self.lr}, epochs {self.epochs}, "
+                f"warmup_epochs {self.warmup_epochs}, weight_decay {self.weight_decay}",
+                wanted="lr above 0, epochs from 1, the others from 0")
+        _check_course(self)
+
+# %% ../../nbs/50a_methods.optim.ipynb #b444367c
+def _check_course(o):
+    if not (0 <= o.min_factor <= 1 and o.gamma > 0 and 0 <= o.momentum < 1):
+        raise InputError("the learning rate has no such course", wanted="0 to 1, above 0, 0 to below 1",
+                         found=f"min_factor {o.min_factor}, gamma {o.gamma}, momentum {o.momentum}")
+    if o.sam_rho is not None and not o.sam_rho > 0:
+        raise InputError("optim.sam_rho is too small", found=o.sam_rho, wanted="above 0, or null for none")
+    if o.schedule == 'step' and not o.milestones: raise InputError("the schedule 'step' has no milestones",
+        remedy="say when the learning rate falls: optim.milestones=[60,90]")
+
+# %% ../../nbs/50a_methods.optim.ipynb #6b4c7db5
+def make_optim(
+    optim:OptimConfig|Mapping|None=None, # the settings, or some of them by name
+) -> OptimConfig: # all of them
+    "Fill `optim` up with the defaults; unknown names are refused."
+    if isinstance(optim, OptimConfig): return optim
+    check_arguments(OptimConfig, optim or {}, 'optim')
+    return OptimConfig(**(optim or {}))
 
 # %% ../../nbs/50a_methods.optim.ipynb #ab5c8989
 OPTIMIZERS = Registry('optimiser')
@@ -62,61 +117,6 @@ def _timm_names():
 def _check_name(name):
     if name in OPTIMIZERS.list() or name in _timm_names(): return
     raise unknown_name('optimiser', name, sorted({*OPTIMIZERS.list(), *_timm_names()}))
-
-# %% ../../nbs/50a_methods.optim.ipynb #39f73749
-@dataclass(frozen=True)
-class OptimConfig:
-    "Settings of the optimiser and of its learning rate's course."
-    name: str = 'adamw' # one of `OPTIMIZERS`, or of timm's factory
-    lr: float = 1e-4 # learning rate after the warm-up
-    weight_decay: float = 0.05 # on every parameter, unless `no_decay` is set
-    no_decay: bool = False # whether biases and the parameters of norms are left out of the weight decay
-    betas: tuple = (0.9, 0.95) # of Adam and AdamW
-    momentum: float = 0.9 # of SGD and RMSprop
-    options: dict = field(default_factory=dict) # further arguments of the optimiser
-    sam_rho: float|None = None # radius of sharpness-aware minimisation, e.g. 0.05; None for none
-    warmup_epochs: float = 10 # epochs in which the learning rate rises
-    warmup: str = 'linear' # how it rises: 'linear' from 0, or 'exponential'
-    epochs: int = 150 # length of the training
-    schedule: str = 'cosine' # one of `SCHEDULES`: the learning rate after the warm-up
-    min_factor: float = 0. # what the cosine ends at, as part of `lr`
-    milestones: tuple = () # epochs in which the schedule 'step' lowers the learning rate
-    gamma: float = 0.1 # what 'step' multiplies it with at each milestone, and 'exponential' in each epoch
-
-    def __post_init__(self):
-        for key in 'betas', 'milestones': object.__setattr__(self, key, tuple(getattr(self, key)))
-        object.__setattr__(self, 'options', dict(self.options or {}))
-        _check_name(self.name)
-        SCHEDULES.get(self.schedule)
-        if self.warmup not in WARMUPS: raise unknown_name('warm-up', self.warmup, WARMUPS)
-        if len(self.betas) != 2 or not all(0 <= o < 1 for o in self.betas):
-            raise InputError("these are no betas of AdamW", found=list(self.betas),
-                             wanted="two numbers, 0 <= beta < 1")
-        if not (self.lr > 0 and self.epochs >= 1 and self.warmup_epochs >= 0 and self.weight_decay >= 0):
-            raise InputError("the optimiser cannot work with this",
-                found=f"lr {self.lr}, epochs {self.epochs}, "
-                f"warmup_epochs {self.warmup_epochs}, weight_decay {self.weight_decay}",
-                wanted="lr above 0, epochs from 1, the others from 0")
-        _check_course(self)
-
-# %% ../../nbs/50a_methods.optim.ipynb #b444367c
-def _check_course(o):
-    if not (0 <= o.min_factor <= 1 and o.gamma > 0 and 0 <= o.momentum < 1):
-        raise InputError("the learning rate has no such course", wanted="0 to 1, above 0, 0 to below 1",
-                         found=f"min_factor {o.min_factor}, gamma {o.gamma}, momentum {o.momentum}")
-    if o.sam_rho is not None and not o.sam_rho > 0:
-        raise InputError("optim.sam_rho is too small", found=o.sam_rho, wanted="above 0, or null for none")
-    if o.schedule == 'step' and not o.milestones: raise InputError("the schedule 'step' has no milestones",
-        remedy="say when the learning rate falls: optim.milestones=[60,90]")
-
-# %% ../../nbs/50a_methods.optim.ipynb #6b4c7db5
-def make_optim(
-    optim:OptimConfig|Mapping|None=None, # the settings, or some of them by name
-) -> OptimConfig: # all of them
-    "Fill `optim` up with the defaults; unknown names are refused."
-    if isinstance(optim, OptimConfig): return optim
-    check_arguments(OptimConfig, optim or {}, 'optim')
-    return OptimConfig(**(optim or {}))
 
 # %% ../../nbs/50a_methods.optim.ipynb #a72c2015
 SCHEDULES = Registry('schedule')
@@ -242,16 +242,16 @@ def _groups(params, o):
     return made
 
 def _build(groups, o):
-    if o.name in OPTIMIZERS.list(): make = OPTIMIZERS.get(o.name)
+    if o.optimizer in OPTIMIZERS.list(): make = OPTIMIZERS.get(o.optimizer)
     else: make = _timm_optimizer
     try: return make(groups, o)
-    except (TypeError, ValueError) as e: raise InputError(f"the optimiser {o.name!r} cannot be built so",
+    except (TypeError, ValueError) as e: raise InputError(f"the optimiser {o.optimizer!r} cannot be built so",
         found=' '.join(str(e).split())[:160], remedy="look at optim.options") from e
 
 def _timm_optimizer(groups, o):
     from timm.optim import create_optimizer_v2
-    return create_optimizer_v2(groups, opt=o.name, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum,
-                               **o.options)
+    return create_optimizer_v2(groups, opt=o.optimizer, lr=o.lr, weight_decay=o.weight_decay,
+                               momentum=o.momentum, **o.options)
 
 # %% ../../nbs/50a_methods.optim.ipynb #aa9fce8a
 def make_optimizer(

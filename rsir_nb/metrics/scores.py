@@ -104,68 +104,78 @@ def get_metric(
     return Metric(name, compute, METRICS.info(name)['description'], **METRICS.meta[name])
 
 # %% ../../nbs/44c_metrics.scores.ipynb #e15a9cb1
-def _define(name, definition, source, compute, **facts):
-    compute.__doc__ = definition
-    METRICS.register(name, source=source, **facts)(compute)
-
-_define('precision', 'share of the first k that shares a label', 'standard',
-        lambda j, ks: precision_at_k(j.rel, ks))
-_define('recall', 'share of the R relevant items that is among the first k', 'standard',
-        lambda j, ks: recall_at_k(j.rel, j.n_relevant, ks))
-_define('pr_f1', 'harmonic mean of precision and recall, query by query', 'standard',
-        lambda j, ks: f1_at_k(j.rel, j.n_relevant, ks))
-_define('hit', 'whether one of the first k shares a label', 'metric learning, as R@k',
-        lambda j, ks: hit_at_k(j.rel, ks))
-_define('map', 'sum of P@i at relevant ranks i <= k, over min(k, R)', 'standard',
-        lambda j, ks: ap_at_k(j.rel, ks, j.n_relevant))
-_define('map_tie_aware', '`map`, averaged over all orders of equal distances', 'McSherry & Najork 2008',
-        lambda j, ks: tie_aware_ap(j.rel, j.dists, ks, j.n_relevant, j.n_items), needs='dists')
-_define('map_found', 'the same sum over the relevant items among the first k', 'M2: CBIR; hashing papers',
-        lambda j, ks: ap_at_k(j.rel, ks, denominator='found'))
-_define('map_first_relevant', 'mean of P@i at the first min(k, R) relevant ranks i', 'M4: DUCH',
-        lambda j, ks: np.stack([map_first_relevant(j.rel, k, j.n_relevant) for k in ks], 1), needs='whole')
-_define('ndcg', 'sum of (2^s_i - 1)/log2(1 + i), over that of the best ranking of the archive', 'standard',
-        lambda j, ks: ndcg_at_k(j.overlap, ks, j.histogram))
-_define('ndcg_retrieved', 'the same over that of the retrieved items in the best order', 'M2: CBIR',
-        lambda j, ks: ndcg_at_k(j.overlap, ks))
-_define('acg', 'mean of s_i over the first k', 'M2: CBIR', lambda j, ks: acg_at_k(j.overlap, ks))
-_define('wap', 'mean of ACG@i at relevant ranks i <= k', 'standard', lambda j, ks: wap_at_k(j.overlap, ks))
+METRICS.register('precision', 'share of the first k that shares a label', source='standard')(
+    lambda j, ks: precision_at_k(j.rel, ks))
+METRICS.register('recall', 'share of the R relevant items that is among the first k', source='standard')(
+    lambda j, ks: recall_at_k(j.rel, j.n_relevant, ks))
+METRICS.register('pr_f1', 'harmonic mean of precision and recall, query by query', source='standard')(
+    lambda j, ks: f1_at_k(j.rel, j.n_relevant, ks))
+METRICS.register('hit', 'whether one of the first k shares a label', source='metric learning, as R@k')(
+    lambda j, ks: hit_at_k(j.rel, ks))
+METRICS.register('map', 'sum of P@i at relevant ranks i <= k, over min(k, R)', source='standard')(
+    lambda j, ks: ap_at_k(j.rel, ks, j.n_relevant))
+METRICS.register('map_tie_aware', '`map`, averaged over all orders of equal distances',
+                 source='McSherry & Najork 2008', needs='dists')(
+    lambda j, ks: tie_aware_ap(j.rel, j.dists, ks, j.n_relevant, j.n_items))
+METRICS.register('map_found', 'the same sum over the relevant items among the first k',
+                 source='M2: CBIR; hashing papers')(
+    lambda j, ks: ap_at_k(j.rel, ks, denominator='found'))
+METRICS.register('map_first_relevant', 'mean of P@i at the first min(k, R) relevant ranks i',
+                 source='M4: DUCH', needs='whole')(
+    lambda j, ks: np.stack([map_first_relevant(j.rel, k, j.n_relevant) for k in ks], 1))
+METRICS.register('ndcg', 'sum of (2^s_i - 1)/log2(1 + i), over that of the best ranking of the archive',
+                 source='standard')(
+    lambda j, ks: ndcg_at_k(j.overlap, ks, j.histogram))
+METRICS.register('ndcg_retrieved', 'the same over that of the retrieved items in the best order',
+                 source='M2: CBIR')(
+    lambda j, ks: ndcg_at_k(j.overlap, ks))
+METRICS.register('acg', 'mean of s_i over the first k', source='M2: CBIR')(
+    lambda j, ks: acg_at_k(j.overlap, ks))
+METRICS.register('wap', 'mean of ACG@i at relevant ranks i <= k', source='standard')(
+    lambda j, ks: wap_at_k(j.overlap, ks))
 
 # %% ../../nbs/44c_metrics.scores.ipynb #e4380d10
-_define('m1_precision', 'mean of |L_q & L_r| / |L_r| over the first k', 'M1: CSMAE, DA4DTE',
-        lambda j, ks: j.label_sets('precision', ks))
-_define('m1_recall', 'mean of |L_q & L_r| / |L_q| over the first k', 'M1: CSMAE, DA4DTE',
-        lambda j, ks: j.label_sets('recall', ks))
-_define('m1_f1', '2PR/(P + R) of the means of these two over the queries', 'M1: CSMAE, DA4DTE',
-        lambda p, r: f1_of(p, r), parts=('m1_precision', 'm1_recall'))
-_define('m1_pairwise_f1', 'mean of 2|L_q & L_r| / (|L_q| + |L_r|) over the first k', 'M1: not reported',
-        lambda j, ks: j.label_sets('pairwise_f1', ks))
-_define('m2_wap', '`wap` with each ACG@i divided by i once more', 'M2: CBIR',
-        lambda j, ks: wap_at_k(j.overlap, ks, by_rank=True))
-_define('m2_precision_at_rank', '|L_q & L_r| / |L_r| of the item at rank k alone', 'M2: CBIR',
-        lambda j, ks: j.label_sets('precision', ks, at_rank=True))
-_define('m2_recall_at_rank', '|L_q & L_r| / |L_q| of the item at rank k alone', 'M2: CBIR',
-        lambda j, ks: j.label_sets('recall', ks, at_rank=True))
-_define('m2_f1_at_rank', 'harmonic mean of the two, query by query', 'M2: CBIR',
-        lambda j, ks: j.label_sets('pairwise_f1', ks, at_rank=True))
-_define('m3_label_coverage', '|L_q & L_k| / |L_q|', 'M3: CV4RS, as recall@k',
-        lambda j, ks: j.union_score('recall', ks))
-_define('m3_r_precision', 'share of the first k with no label beyond L_q', 'M3: CV4RS, as R-precision@k',
-        lambda j, ks: precision_at_k(j.subset, ks))
-_define('m3_map', 'sum of P@i at such ranks i <= k, over k', 'M3: CV4RS, as mAP@k',
-        lambda j, ks: ap_at_k(j.subset, ks, denominator='k'))
-_define('m3_precision', '|L_q & L_k| / |L_k|', 'M3: CV4RS', lambda j, ks: j.union_score('precision', ks),
-        default=False)
-_define('m3_accuracy', '|L_q & L_k| / |L_q or L_k|', 'M3: CV4RS', lambda j, ks: j.union_score('accuracy', ks),
-        default=False)
-_define('m3_hamming_loss', 'share of the classes that are in one of L_q and L_k alone', 'M3: CV4RS',
-        lambda j, ks: j.union_score('hamming_loss', ks), better='lower', default=False)
-_define('m3_subset_accuracy', 'whether L_k is L_q', 'M3: CV4RS',
-        lambda j, ks: j.union_score('subset_accuracy', ks), default=False)
-_define('m3_f1', '2PR/(P + R) of the means of `m3_precision` and `m3_label_coverage`', 'M3: CV4RS, F measure',
-        lambda p, r: f1_of(p, r), parts=('m3_precision', 'm3_label_coverage'), default=False)
-_define('m5_mmp', 'share of relevant items among the first min(k, R)', 'M5: UniFEx, with k = 5',
-        lambda j, ks: mmp_at_k(j.rel, j.n_relevant, ks))
+METRICS.register('m1_precision', 'mean of |L_q & L_r| / |L_r| over the first k', source='M1: CSMAE, DA4DTE')(
+    lambda j, ks: j.label_sets('precision', ks))
+METRICS.register('m1_recall', 'mean of |L_q & L_r| / |L_q| over the first k', source='M1: CSMAE, DA4DTE')(
+    lambda j, ks: j.label_sets('recall', ks))
+METRICS.register('m1_f1', '2PR/(P + R) of the means of these two over the queries',
+                 source='M1: CSMAE, DA4DTE', parts=('m1_precision', 'm1_recall'))(
+    lambda p, r: f1_of(p, r))
+METRICS.register('m1_pairwise_f1', 'mean of 2|L_q & L_r| / (|L_q| + |L_r|) over the first k',
+                 source='M1: not reported')(
+    lambda j, ks: j.label_sets('pairwise_f1', ks))
+METRICS.register('m2_wap', '`wap` with each ACG@i divided by i once more', source='M2: CBIR')(
+    lambda j, ks: wap_at_k(j.overlap, ks, by_rank=True))
+METRICS.register('m2_precision_at_rank', '|L_q & L_r| / |L_r| of the item at rank k alone',
+                 source='M2: CBIR')(
+    lambda j, ks: j.label_sets('precision', ks, at_rank=True))
+METRICS.register('m2_recall_at_rank', '|L_q & L_r| / |L_q| of the item at rank k alone', source='M2: CBIR')(
+    lambda j, ks: j.label_sets('recall', ks, at_rank=True))
+METRICS.register('m2_f1_at_rank', 'harmonic mean of the two, query by query', source='M2: CBIR')(
+    lambda j, ks: j.label_sets('pairwise_f1', ks, at_rank=True))
+METRICS.register('m3_label_coverage', '|L_q & L_k| / |L_q|', source='M3: CV4RS, as recall@k')(
+    lambda j, ks: j.union_score('recall', ks))
+METRICS.register('m3_r_precision', 'share of the first k with no label beyond L_q',
+                 source='M3: CV4RS, as R-precision@k')(
+    lambda j, ks: precision_at_k(j.subset, ks))
+METRICS.register('m3_map', 'sum of P@i at such ranks i <= k, over k', source='M3: CV4RS, as mAP@k')(
+    lambda j, ks: ap_at_k(j.subset, ks, denominator='k'))
+METRICS.register('m3_precision', '|L_q & L_k| / |L_k|', source='M3: CV4RS', default=False)(
+    lambda j, ks: j.union_score('precision', ks))
+METRICS.register('m3_accuracy', '|L_q & L_k| / |L_q or L_k|', source='M3: CV4RS', default=False)(
+    lambda j, ks: j.union_score('accuracy', ks))
+METRICS.register('m3_hamming_loss', 'share of the classes that are in one of L_q and L_k alone',
+                 source='M3: CV4RS', better='lower', default=False)(
+    lambda j, ks: j.union_score('hamming_loss', ks))
+METRICS.register('m3_subset_accuracy', 'whether L_k is L_q', source='M3: CV4RS', default=False)(
+    lambda j, ks: j.union_score('subset_accuracy', ks))
+METRICS.register('m3_f1', '2PR/(P + R) of the means of `m3_precision` and `m3_label_coverage`',
+                 source='M3: CV4RS, F measure', parts=('m3_precision', 'm3_label_coverage'), default=False)(
+    lambda p, r: f1_of(p, r))
+METRICS.register('m5_mmp', 'share of relevant items among the first min(k, R)',
+                 source='M5: UniFEx, with k = 5')(
+    lambda j, ks: mmp_at_k(j.rel, j.n_relevant, ks))
 
 # %% ../../nbs/44c_metrics.scores.ipynb #86c77353
 def choose_metrics(
