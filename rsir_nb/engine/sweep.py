@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from ..charts import html_figure, show_bars
+from ..charts import html_figure, new_axes, show_bars
 from ..config import group_arguments, load_config, to_dict
 from ..core import InputError, atomic_path, content_hash, read_json, unknown_name, write_json
 from ..data.store import write_store
@@ -221,7 +221,9 @@ def show_sweep(
 ): # axes, as `show_bars` returns them
     "One score of all settings as bars, in groups of the kinds of vectors."
     wide = table.pivot(index='setting', columns='vectors', values=by).loc[table.setting.unique()]
-    return show_bars(wide, ylabel=f'{by}, mean over directions', digits=3)
+    longest = max(map(len, ' '.join(wide.index).split()))
+    ax = new_axes(None, 1 + len(wide)*max(0.4*len(wide.columns), 0.09*longest), 3)
+    return show_bars(wide, ax=ax, ylabel=f'{by}, mean over directions', digits=3)
 
 def sweep_page(
     table:pd.DataFrame, # of `sweep`
