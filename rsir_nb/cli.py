@@ -61,7 +61,8 @@ def _fail(message, status):
 
 # %% ../nbs/91_cli.ipynb #e77962e1
 KINDS = dict(datasets='dataset', methods='method', backbones='backbone', necks='neck', losses='loss',
-             miners='miner', samplers='sampler', augmentations='augmentation', optimisers='optimiser',
+             fusions='fusion', pair_encoders='pair encoder', miners='miner',
+             samplers='sampler', augmentations='augmentation', optimisers='optimiser',
              schedules='schedule', distances='distance', metrics='metric', indexes='index')
 FACTS = 'sensors', 'losses', 'schemes', 'source', 'paper', 'licence'
 MORE = dict(optimisers="and any name of timm's factory, e.g. lamb, lion or adopt")
