@@ -129,7 +129,7 @@ def _tidy(o, table):
 def compare(
     results:Sequence[Result], # of `score_direction`, all systems
     ours:tuple[str, str], # (system, kind) that is held against the others
-    metric:str='map', # a name in `METRICS` with a value a query
+    metric:str='map', # a name in `METRICS` with one value per query
     k:int|None=None, # depth; the deepest by default
     drawings:int=1000, # of the bootstrap
     seed:int=0, # of the bootstrap

@@ -74,7 +74,7 @@ def score_rows(
     name:str, # what the setting is called in the table
     stores:dict[int, CodeStore], # of `method_stores`
     o:EvaluateConfig, # protocol and depth
-) -> pd.DataFrame: # one row a length and direction
+) -> pd.DataFrame: # one row per length and direction
     "Score all stores of one setting: by labels where there are any, by partners where sensors share patches."
     rows = []
     for k, store in stores.items():
@@ -197,7 +197,7 @@ def sweep(
     by:str|None=None, # the column that decides; mAP, or R@10 without labels
     n_bits:Sequence[int]=(), # lengths of codes that are scored beside the float vectors
     progress:bool=True, # show progress bars
-) -> pd.DataFrame: # one row a setting and kind of vectors: means over the directions, the best first
+) -> pd.DataFrame: # one row per setting and kind of vectors: means over the directions, the best first
     "Train and score all combinations of settings, or finish what was begun."
     settings = sweep_configs(config, changes, out)
     def score(name, cfg):

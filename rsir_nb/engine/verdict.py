@@ -49,7 +49,7 @@ def verdict(
 # %% ../../nbs/75c_engine.verdict.ipynb #c1272155
 def margins_table(
     evaluation:Evaluation, # of a run
-) -> pd.DataFrame: # one row a baseline and direction
+) -> pd.DataFrame: # one row per baseline and direction
     "Differences in mAP, or in partner recall, with their 95 % intervals, for people."
     m = evaluation.margins
     shown = ['ours', 'theirs', 'difference', 'ci_low', 'ci_high']

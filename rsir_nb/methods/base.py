@@ -94,7 +94,7 @@ class Method(Trainable):
         return self.top(self.frozen.encode(self.frozen.prepare(x, modality), modality), modality)
 
     def train(self, mode:bool=True) -> Method: # itself
-        "Put it into training mode, but for a frozen part."
+        "Switch to training mode; a frozen part stays in eval mode."
         super().train(mode)
         if self.frozen is not None: self.frozen.eval()
         return self

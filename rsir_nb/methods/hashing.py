@@ -118,7 +118,7 @@ class HashTraining:
 
 # %% ../../nbs/55_methods.hashing.ipynb #0680e85f
 class HashLearner(Method):
-    "Hash heads as a method that learns on embeddings: they come as images of one pixel, a value a band."
+    "Hash heads as a method that learns on embeddings: images of one pixel with one band per value."
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor of embeddings, as `feature_sensor` makes them
         n_bits:int=128, # length of the codes

@@ -29,7 +29,7 @@ def _marks(x): return x.data_ptr(), x._version, _glance(x)
 
 # %% ../../nbs/24a_models.fingerprint.ipynb #fd0369bd
 class Fingerprint:
-    "Names tensors together with what is told about them; hashes them again only after a change."
+    "Names tensors and a description of them; hashes them again only after a change."
     def __init__(self): self.seen, self.name = None, None
 
     def __call__(self,
