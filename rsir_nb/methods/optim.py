@@ -15,8 +15,7 @@ from ..core import InputError, Registry, check_arguments, unknown_name
 from ..machine import declare_torchvision_ops
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULES', 'WARMUPS', 'OptimConfig', 'make_optim', 'adamw', 'adam', 'sgd', 'rmsprop', 'cosine',
-           'constant', 'step_list', 'exponential', 'one_cycle', 'lr_factor', 'SAM', 'make_optimizer']
+__all__ = ['OPTIMIZERS', 'SCHEDULES', 'WARMUPS', 'OptimConfig', 'make_optim', 'one_cycle', 'lr_factor', 'SAM', 'make_optimizer']
 
 # %% ../../nbs/50a_methods.optim.ipynb #39f73749
 @dataclass(frozen=True)
@@ -76,37 +75,16 @@ def make_optim(
 # %% ../../nbs/50a_methods.optim.ipynb #ab5c8989
 OPTIMIZERS = Registry('optimiser')
 
-@OPTIMIZERS.register('adamw', paper='https://arxiv.org/abs/1711.05101')
-def adamw(
-    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
-    o:OptimConfig, # the settings
-) -> torch.optim.Optimizer: # ready to step
-    "AdamW of torch."
-    return torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, **o.options)
-
-@OPTIMIZERS.register('adam', paper='https://arxiv.org/abs/1412.6980')
-def adam(
-    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
-    o:OptimConfig, # the settings
-) -> torch.optim.Optimizer: # ready to step
-    "Adam of torch; its weight decay is part of the gradient."
-    return torch.optim.Adam(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, **o.options)
-
-@OPTIMIZERS.register('sgd', paper='none')
-def sgd(
-    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
-    o:OptimConfig, # the settings
-) -> torch.optim.Optimizer: # ready to step
-    "Stochastic gradient descent with momentum, of torch."
-    return torch.optim.SGD(groups, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, **o.options)
-
-@OPTIMIZERS.register('rmsprop', paper='none')
-def rmsprop(
-    groups:list, # parameter groups, each with `params` and its `lr` and `weight_decay`
-    o:OptimConfig, # the settings
-) -> torch.optim.Optimizer: # ready to step
-    "RMSprop with momentum, of torch."
-    return torch.optim.RMSprop(groups, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, **o.options)
+OPTIMIZERS.register('adamw', "AdamW of torch.", paper='https://arxiv.org/abs/1711.05101')(
+    lambda groups, o: torch.optim.AdamW(groups, o.lr, o.betas, weight_decay=o.weight_decay, **o.options))
+OPTIMIZERS.register('adam', "Adam of torch; its weight decay is part of the gradient.",
+                    paper='https://arxiv.org/abs/1412.6980')(
+    lambda groups, o: torch.optim.Adam(groups, o.lr, o.betas, weight_decay=o.weight_decay, **o.options))
+OPTIMIZERS.register('sgd', "Stochastic gradient descent with momentum, of torch.")(
+    lambda groups, o: torch.optim.SGD(groups, o.lr, o.momentum, weight_decay=o.weight_decay, **o.options))
+OPTIMIZERS.register('rmsprop', "RMSprop with momentum, of torch.")(
+    lambda groups, o: torch.optim.RMSprop(groups, o.lr, weight_decay=o.weight_decay, momentum=o.momentum,
+                                          **o.options))
 
 # %% ../../nbs/50a_methods.optim.ipynb #34cd3b58
 def _timm_names():
@@ -122,49 +100,15 @@ def _check_name(name):
 SCHEDULES = Registry('schedule')
 WARMUPS = 'linear', 'exponential'
 
-@SCHEDULES.register('cosine', paper='https://arxiv.org/abs/1608.03983')
-def cosine(
-    step:int, # steps taken before this one
-    steps:int, # steps in the whole training
-    warmup:float, # steps of the warm-up
-    epochs:float, # epochs in the whole training
-    o:OptimConfig, # the settings
-) -> float: # what the peak learning rate is multiplied with
-    "Half a cosine, from 1 to `min_factor`."
-    return o.min_factor + (1 - o.min_factor)*_half_cosine((step - warmup) / max(1, steps - warmup))
-
-@SCHEDULES.register('constant', paper='none')
-def constant(
-    step:int, # steps taken before this one
-    steps:int, # steps in the whole training
-    warmup:float, # steps of the warm-up
-    epochs:float, # epochs in the whole training
-    o:OptimConfig, # the settings
-) -> float: # what the peak learning rate is multiplied with
-    "Always 1."
-    return 1.
-
-@SCHEDULES.register('step', paper='none')
-def step_list(
-    step:int, # steps taken before this one
-    steps:int, # steps in the whole training
-    warmup:float, # steps of the warm-up
-    epochs:float, # epochs in the whole training
-    o:OptimConfig, # the settings
-) -> float: # what the peak learning rate is multiplied with
-    "`gamma` to the power of the milestones that are behind."
-    return o.gamma ** sum(step/steps*epochs >= m for m in o.milestones)
-
-@SCHEDULES.register('exponential', paper='none')
-def exponential(
-    step:int, # steps taken before this one
-    steps:int, # steps in the whole training
-    warmup:float, # steps of the warm-up
-    epochs:float, # epochs in the whole training
-    o:OptimConfig, # the settings
-) -> float: # what the peak learning rate is multiplied with
-    "`gamma` to the power of the epochs that are over."
-    return o.gamma ** int(step/steps*epochs + 1e-9)
+SCHEDULES.register('cosine', "Half a cosine, from 1 to `min_factor`.",
+                   paper='https://arxiv.org/abs/1608.03983')(
+    lambda step, steps, warmup, epochs, o:
+        o.min_factor + (1 - o.min_factor)*_half_cosine((step - warmup) / max(1, steps - warmup)))
+SCHEDULES.register('constant', "Always 1.")(lambda step, steps, warmup, epochs, o: 1.)
+SCHEDULES.register('step', "`gamma` to the power of the number of milestones reached.")(
+    lambda step, steps, warmup, epochs, o: o.gamma ** sum(step/steps*epochs >= m for m in o.milestones))
+SCHEDULES.register('exponential', "`gamma` to the power of the number of finished epochs.")(
+    lambda step, steps, warmup, epochs, o: o.gamma ** int(step/steps*epochs + 1e-9))
 
 @SCHEDULES.register('one_cycle', paper='https://arxiv.org/abs/1708.07120', rises=True)
 def one_cycle(
