@@ -41,16 +41,18 @@ def test_a_mistake_is_one_message(line, said, capsys, tmp_path, monkeypatch):
     assert said in err and "Traceback" not in err
 
 
-def test_list_shows_every_kind_that_a_config_can_name(capsys):
-    "The kinds are those of the source; the hash heads alone are chosen by the methods."
+def test_list_shows_every_kind_that_a_config_can_name():
+    "The kinds are those of the source; the hash heads alone are chosen by the methods. In a process of its own."
     from rsir_nb.core import registered_parts
     parts = registered_parts()
     assert set(KINDS.values()) == {*parts} - {"hash head"}
-    assert main(["list"]) == 0
-    shown = capsys.readouterr().out
-    for kind in KINDS:
-        assert main(["list", kind]) == 0
-        out = capsys.readouterr().out
+    code = ("from rsir_nb.cli import main, KINDS\nassert main(['list']) == 0\n"
+            "for kind in KINDS: print('\\f'); assert main(['list', kind]) == 0")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    shown, *pages = run.stdout.split("\f\n")
+    assert len(pages) == len(KINDS)
+    for kind, out in zip(KINDS, pages):
         names = re.findall(r"^  (\w+) +\S", out.replace("  and any name", "and any name"), re.M)
         assert out.startswith(f"{kind}:") and names == sorted(parts[KINDS[kind]]), kind
         assert all(f"\n  {o} " in shown for o in names)
