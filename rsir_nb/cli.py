@@ -310,12 +310,13 @@ def duplicates_command(
 # %% ../nbs/91_cli.ipynb #5e21269a
 @app.command('demo')
 def demo_command(
-    overrides:Overrides=[], # changes to the config `demo` # noqa: B006
+    overrides:Overrides=[], # changes to the config `demo` or `demo_real` # noqa: B006
+    real:Annotated[bool, typer.Option('--real', help="Real images, the network that ships.")]=False, # which
     dry_run:DryRun=False, # only show the config
 ):
-    "The whole system on a synthetic archive, in minutes."
+    "The whole system on a synthetic archive, in minutes; with --real on 600 satellite images, in one."
     from rsir_nb.config import load_config
     from rsir_nb.engine.stages import demo
-    cfg = load_config('demo', overrides)
+    cfg = load_config('demo_real' if real else 'demo', overrides)
     if shown(cfg, dry_run): return
     return demo(cfg)
