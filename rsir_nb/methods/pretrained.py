@@ -129,8 +129,8 @@ class Pretrained(Method):
         norm:None=None, # nothing else: the ranges are those of the composite
         **kwargs, # as `Method` takes them
     ):
-        if norm is not None: raise InputError("pretrained is not normalised band by band", found=f"norm {norm}",
-                                              remedy="leave norm out; composite says which values are full")
+        if norm is not None: raise InputError("pretrained is not normalised band by band",
+            found=f"norm {norm}", remedy="leave norm out; composite says which values are full")
         super().__init__(sensors, img_size=img_size, norm=None, **kwargs)
         about, given = about_shipped(weights), composite or {}
         self.size = about['size'] if size is None else size
