@@ -11,6 +11,7 @@ from rsir_nb.core import InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.base import TensorArchive
 from rsir_nb.data.bigearthnet_tuples import BenTuplesLmdb, write_tuple_lmdbs
 from rsir_nb.data.folders import PairedFolders
+from rsir_nb.data.module import ArchiveData
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.parts import load_method
@@ -185,6 +186,21 @@ def test_train_search_evaluate_by_config(tmp_path, encoder):
     result = evaluate(run, progress=False, baselines=["random"], drawings=50)
     assert "s1+s2" in str(result.table["direction"].unique())
     assert load_method(run).distance == "chi2"
+
+
+def test_sparse_labels_count_where_they_are_known(tmp_path):
+    "One labelled patch of ten: no batch loses the labels of the others, and one without any costs nothing."
+    x = images(40)
+    few = TensorArchive(x, sensors=SENSORS, labels=[["a", "b"] if i % 2 else ["a"] for i in range(40)], split=["train"]*40)
+    few.table["labels"] = [o if i < 4 else None for i, o in enumerate(few.table["labels"])]
+    method = build(loss="classification", vocab=["a", "b"])
+    method.start_training(few)
+    data = ArchiveData(few.subset(range(40)), batch_size=8, sampler=dict(name="epoch", shuffle=False), augment=False)
+    costs = [method.losses(o)["loss"].item() for o in data.batches()]
+    assert costs[0] > 0 and costs[1:] == [0]*4
+    first = next(iter(data.batches()))
+    part = {k: o[:4] for k, o in first.items() if k != "labelled"}   # eval mode: no statistics of the batch
+    assert method.eval().losses(first)["classification"].item() == pytest.approx(method.losses(part)["classification"].item(), rel=1e-5)
 
 
 def test_a_missing_sensor_is_marked_in_the_store(tmp_path):

@@ -64,8 +64,9 @@ class ArchiveData(pl.LightningDataModule):
         return archive.subset(mask)
 
     def _loader(self, archive, sampler):
+        n_classes = archive.known_labels.width if archive.known_labels else 0
         return DataLoader(ArchiveRows(archive, self.modalities), self.batch_size, sampler=sampler,
-                          collate_fn=partial(collate, scales=archive.stored_scales),
+                          collate_fn=partial(collate, scales=archive.stored_scales, n_classes=n_classes),
                           num_workers=self.num_workers, persistent_workers=self.num_workers > 0,
                           pin_memory=torch.cuda.is_available(),
                           generator=torch.Generator().manual_seed(self.seed))
