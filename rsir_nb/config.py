@@ -153,7 +153,7 @@ def _merge_group(group, old, new, dots=0):
     return {**old, **{k: _merge_value(old.get(k), v, dots) for k, v in new.items()}}
 
 def _merge_value(old, new, dots=0):
-    "The value of a key after a layer: parts of one name are merged, all else is replaced but where dots lead."
+    "The value of a key after a layer: parts of one name are merged, and what dots lead through."
     if not isinstance(new, Mapping): return new
     if isinstance(old, str) and dots > 0: old = dict(name=old)
     same = isinstance(old, Mapping) and new.get('name', old.get('name')) == old.get('name')

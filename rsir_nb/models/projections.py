@@ -36,6 +36,7 @@ class MlpNeck(nn.Sequential):
         hidden_dim:int|None=None, # width of the hidden layers; F by default
         layers:int=2, # linear layers, 2 or more
         relu:bool=False, # end with a ReLU, so that embeddings are 0 or more
+        norm:bool=False, # bring each value to mean 0 and variance 1 over the batch, before the ReLU
     ):
         width = in_dim if hidden_dim is None else hidden_dim
         if layers < 2 or min(width, embed_dim) < 1:
@@ -45,5 +46,6 @@ class MlpNeck(nn.Sequential):
         sizes = [in_dim, *[width]*(layers - 1)]
         hidden = [part for a, b in zip(sizes, sizes[1:], strict=False)
                   for part in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU())]
-        super().__init__(*hidden, nn.Linear(width, embed_dim), *[nn.ReLU()]*relu)
+        end = [nn.BatchNorm1d(embed_dim, affine=False)]*norm + [nn.ReLU()]*relu
+        super().__init__(*hidden, nn.Linear(width, embed_dim), *end)
         self.embed_dim, self.nonnegative = embed_dim, relu
