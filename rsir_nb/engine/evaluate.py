@@ -77,7 +77,8 @@ def _stack(tables):
 # %% ../../nbs/74a_engine.evaluate.ipynb #d6b437be
 def _by_labels(systems, ours, protocol, depths, depth, drawings, metrics, seed, memory_mb, progress):
     "Tables, single queries, margins and speed of all systems in all directions, by labels."
-    work, metrics = _work(systems, protocol), metrics and list(dict.fromkeys(['map', *metrics]))
+    work = _work(systems, protocol)
+    metrics = None if metrics is None else list(dict.fromkeys(['map', *metrics]))
     tables, queries, margins, speed, ks = {}, {}, {}, [], get_protocol(protocol).ks
     with tqdm(total=sum(len(d.queries) for *_, d in work), unit='query', disable=not progress) as bar:
         for at, system, labels, d, index in _with_indexes(work):
@@ -266,7 +267,8 @@ def _classifier_scores(run_dir, cfg, store, protocol):
     if not hasattr(METHODS.get(cfg.method.name), 'predict_classes') or not has_labels(store): return None
     method = load_method(run_dir)
     if not method.classifies or not store.embeddings: return None
-    return classify_store(method, store, list(dict.fromkeys([protocol.query, protocol.archive])))
+    try: return classify_store(method, store, list(dict.fromkeys([protocol.query, protocol.archive])))
+    except InputError as e: log.warning("the classifier is not scored: %s", e)
 
 def _saw_labels(run_dir, cfg, archive, protocol, classifies=False):
     "A warning if labels of the queries were learned from; else nothing."
