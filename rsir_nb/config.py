@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'TOP_KEYS', 'SCHEMAS', 'CHECKS', 'DERIVED', 'CONFIGS', 'reg
            'load_run_config']
 
 # %% ../nbs/01_config.ipynb #6045fcf1
-import importlib, inspect, logging, os, platform, re, subprocess, sys
+import importlib, inspect, json, logging, os, platform, re, subprocess, sys
 from dataclasses import is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -163,10 +163,11 @@ def _merge_value(old, new, dots=0):
 # %% ../nbs/01_config.ipynb #1ae0c11a
 def _parse(override):
     "`'data.n=3'` as `{'data': {'n': 3}}`."
-    key, equals, _ = override.partition('=')
+    key, equals, value = override.partition('=')
     if not equals or not key.strip() or key.strip() != key or key.startswith('-'):
         raise InputError("an override cannot be read", found=repr(override), wanted="key=value",
                          remedy="write it like data.img_size=60 or method=csmae, without spaces around '='")
+    if re.match(r'\*|\{\w+\}\S', value): override = f'{key}={json.dumps(value)}' # a pattern of paths, no YAML
     try: return OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise InputError("an override cannot be read", found=repr(override),

@@ -120,6 +120,12 @@ def test_a_part_of_another_name_begins_afresh(everything, tmp_path, changes, key
     assert (OmegaConf.to_container(found) if OmegaConf.is_config(found) else found) == wanted
 
 
+@pytest.mark.parametrize("pattern", ["{sensor}/*", "*/{sensor}/*_{place}", "{place}/{sensor}_{part}/{place}_{sensor}_{part}_*"])
+def test_a_pattern_of_paths_needs_no_quotes(everything, pattern):
+    assert load_config("contrastive_pairs", ["data.root=r", f"data.pattern={pattern}"]).data.pattern == pattern
+    with pytest.raises(InputError, match="cannot be read"): load_config("contrastive_pairs", ["data.sensors={s1: s1, s2"])
+
+
 def test_layers_of_files_follow_the_same_rule(everything, tmp_path):
     (tmp_path/"mine.yaml").write_text(PARTS)
     (tmp_path/"more.yaml").write_text("base: mine.yaml\nmethod: {backbone: {depth: 2}, projection: {name: relu}}\n"
