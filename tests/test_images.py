@@ -360,7 +360,7 @@ def test_a_pair_that_is_not_whole_is_named(tmp_path, caplog):
     root = pairs(tmp_path/"pairs", 6)
     for i in 1, 4: (root/"rgb"/f"p{i}.png").unlink()
     assert len(ArchiveData(PairedFolders(root, sensors=dict(sar=GREY, rgb="rgb"))).train) == 4
-    assert "without: p1, p4" in caplog.text
+    assert "left out: p1, p4" in caplog.text
 
 
 def test_endings_in_capitals_and_tif_radar(tmp_path):

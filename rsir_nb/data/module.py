@@ -62,7 +62,7 @@ class ArchiveData(pl.LightningDataModule):
         if mask.all(): return archive
         lost = [archive.ids[i] for i in np.flatnonzero(~mask)]
         more = f", and {len(lost) - 3:,} more" if lost[3:] else ''
-        told = "%d of %d patches are used, those with %s; the archive has %s; without: %s%s"
+        told = "%d of %d patches are used, those with %s; the archive has %s; left out: %s%s"
         if mask.any(): log.warning(told, mask.sum(), len(mask), ' and '.join(self.modalities),
                                    archive.coverage(), ', '.join(lost[:3]), more)
         return archive.subset(mask)

@@ -111,8 +111,8 @@ class Contrastive(PairMethod):
         self.switch_epoch = max(1, self.optim.epochs//2) if switch_epoch is None else switch_epoch
         self.classifier = None
         if loss == 'contrastive': return
-        if not self.vocab: raise InputError("classification needs classes", remedy="loss=contrastive",
-            found="an archive without labels", wanted="vocab, the names of the classes")
+        if not self.vocab: raise InputError("classification needs classes", found="an archive without labels",
+            wanted="vocab, the names of the classes", remedy="loss=contrastive learns from pairs alone")
         self.classifier = LabelLoss(self.embed_dim[self.whole], len(self.vocab))
 
     @property
@@ -156,7 +156,8 @@ def start_training(self:Contrastive,
     if self.classifier is None or train is None: return
     known = sum(bool(o) for o in train.class_names)
     if not known: raise InputError("classification needs labels", found=f"none on {len(train)} patches",
-                                   wanted="patches with labels", remedy="loss=contrastive")
+                                   wanted="patches with labels",
+                                   remedy="loss=contrastive learns from pairs alone")
 
 @patch
 def objective(self:Contrastive,
