@@ -29,8 +29,9 @@ def classify_store(
                                               remedy="encode with encode.embeddings=true")
     table = store.table
     z = {m: torch.from_numpy(np.asarray(x, np.float32)) for m, x in store.embeddings.items()}
+    p = method.predict_classes(z).cpu().numpy()
     lists = [o if isinstance(o, (list, tuple, np.ndarray)) else None for o in table['labels']]
-    labels, p = Labels(lists, Vocab(method.vocab)).dense(), method.predict_classes(z).cpu().numpy()
+    labels = Labels(lists, Vocab(method.vocab)).dense()
     if 'split' not in table or table['split'].isna().all(): parts = dict(all=np.ones(len(table), bool))
     else: parts = {o: (table['split'] == o).to_numpy() for o in splits}
     return {o: class_scores_of(labels[i], p[i]) for o, i in parts.items() if labels[i].any()}
