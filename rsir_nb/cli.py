@@ -214,6 +214,7 @@ def evaluate_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Score a run in every direction, beside its baselines."
+    from rsir_nb.engine.classes import class_table
     from rsir_nb.engine.evaluate import evaluate
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
     cfg = run_config(run, changes, 'evaluate')
@@ -225,6 +226,7 @@ def evaluate_command(
         print("The other sensor's image of the same patch:")
         print(f"{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
+    if found.about.get('classes'): print(f"\n{class_table(found.about['classes']).round(4).to_string()}")
     return found
 
 # %% ../nbs/91_cli.ipynb #18dc43df

@@ -220,7 +220,8 @@ def describe_training(
     make_augment(o.augment)
     if o.val_split:
         val, (name, mode) = split_of(archive, o.val_split), monitored(o)
-        if is_metric(name.removeprefix('val/')): check_metrics([name.removeprefix('val/')], val)
+        known = name.removeprefix('val/')
+        if is_metric(known): check_metrics([known], val, method.classifies)
         told['validation'] = f"{len(val):,} patches; the best epoch by {name}, {mode}"
     told['images'] = f"{method.img_size} x {method.img_size} pixels{f', tokens of {patch}' if patch else ''}"
     told['method'] = f"{type(method).__name__}, embeddings of {method.embed_dim} numbers"

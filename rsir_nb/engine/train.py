@@ -165,7 +165,7 @@ def fit_method(
     with quiet_lightning():
         trainer = make_trainer(o, method.optim.epochs, callbacks, loggers)
         with torch.random.fork_rng():
-            try: trainer.fit(Training(method, _retrieval(monitor, data)), datamodule=data,
+            try: trainer.fit(Training(method, _retrieval(monitor, data, method)), datamodule=data,
                              ckpt_path=last and last_checkpoint(last))
             finally: method.cached = False
     return keep and _take_best(method, keep, method.optim.epochs)
@@ -199,11 +199,11 @@ def cache_features(
     return CachedArchive(store, archive)
 
 # %% ../../nbs/70d_engine.train.ipynb #8d942b38
-def _retrieval(monitor, data):
-    "What scores the validation split, where a metric of retrieval decides."
+def _retrieval(monitor, data, method):
+    "What scores the validation split, where a metric of retrieval or of classes decides."
     name = (monitor or '').removeprefix('val/')
     if not is_metric(name): return None
-    check_metrics([name], data.val)
+    check_metrics([name], data.val, method.classifies)
     return RetrievalMonitor(data.val, [name], score_embeddings)
 
 def _take_best(method, keep, epochs):
