@@ -2,20 +2,20 @@
 
 A seed splits every class into images to learn from and images to search. Each method trains from scratch by
 its own config, and every image of the second part is a query to the others of that part. The floor is the
-deciles of each band.
+deciles of each band. Recipes are chosen with --tune: the images to learn from are split once more, and the
+images of the test are not looked at.
 
-    python benchmarks/metric_learning.py --keep DIR                       # all methods, one seed
-    python benchmarks/metric_learning.py --methods margin diva --seeds 0 1 2 --epochs 20 --keep DIR
+    python benchmarks/metric_learning.py --keep DIR                       # all methods, three seeds
+    python benchmarks/metric_learning.py --methods margin --tune --set optim.lr=1e-3 --keep DIR
 """
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from rsir_nb.config import load_config
-from rsir_nb.core import make_rng
+from rsir_nb.core import make_rng, read_json
 from rsir_nb.data.folders import ClassFolders
 from rsir_nb.data.store import write_store
 from rsir_nb.engine.parts import build_archive, load_method
@@ -32,45 +32,47 @@ def parse():
     default = Path(__file__).resolve().parents[2]/"shared"/"data"/"eurosat_rgb"
     parser.add_argument("--root", type=Path, default=default, help="a folder per class")
     parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
-    parser.add_argument("--part", type=float, default=0.6, help="part of each class to learn from")
+    parser.add_argument("--part", type=float, default=0.75, help="part of each class to learn from")
+    parser.add_argument("--set", nargs="+", default=[], help="changes of the config, key=value")
+    parser.add_argument("--tune", action="store_true", help="score on a fifth of the images to learn from")
     parser.add_argument("--keep", type=Path, required=True, help="folder for stores, runs and scores")
     return parser.parse_args()
 
 
-def split_store(root, part, size, seed, path):
-    "The images of `root` in a store, split by class with `seed`."
+def split_store(args, seed):
+    "The images in a store, split by class with `seed`; the same images are left for the test with and without `tune`."
+    path = args.keep/f"store_{args.size}_{seed}{'_tune'*args.tune}"
     if (path/"data.mdb").exists(): return path
-    archive = ClassFolders(root)
-    split = np.full(len(archive), "test", object)
+    archive = ClassFolders(args.root)
+    split = np.full(len(archive), "unused" if args.tune else "test", object)
     for c in np.unique(archive.targets):
         rows = make_rng(seed, "split", int(c)).permutation(np.flatnonzero(archive.targets == c))
-        split[rows[:round(part*len(rows))]] = "train"
+        known = rows[:round(args.part*len(rows))]
+        split[known] = "train"
+        if args.tune: split[known[:len(known)//5]] = "test"
     archive.table["split"] = split
-    write_store(archive, path, size=size, progress=False)
+    write_store(archive, path, size=args.size, progress=False)
     return path
 
 
 def run_one(name, seed, args):
     "Train one method and score it on the images that it has not seen."
-    home = args.keep/f"{name}_{args.size}_{args.epochs}_{seed}"
+    changed = "_".join(["", *args.set]).replace("/", "-")
+    home = args.keep/f"{name}_{args.size}_{seed}{'_tune'*args.tune}{changed}"
     if (home/"scores.json").is_file(): return json.loads((home/"scores.json").read_text())
-    store = split_store(args.root, args.part, args.size, seed, args.keep/f"store_{args.size}_{seed}")
-    trained = name != "band_quantiles"
-    changes = [f"optim.epochs={args.epochs}"] if trained else [f"method={name}"]
-    changes += ["data=store", f"data.path={store}", f"seed={seed}", f"out={home}"]
-    cfg = load_config(name if trained else "base", changes)
-    start = time.process_time()
-    method = load_method(pretrain(cfg, progress=False))
-    seconds, test = time.process_time() - start, build_archive(cfg.data).split("test")
-    blocks = np.array_split(np.arange(len(test)), 50)
-    embed = lambda rows: method.embed(torch.stack([test[i]["rgb"] for i in rows]), "rgb").numpy()
-    z = np.concatenate([embed(rows) for rows in blocks])
-    found = score_embeddings(dict(rgb=z), test, METRICS, method.distance)
+    store, trained = split_store(args, seed), name != "band_quantiles"
+    changes = args.set if trained else [f"method={name}"]
+    cfg = load_config(name if trained else "base",
+                      ["data=store", f"data.path={store}", f"seed={seed}", f"out={home}", *changes])
+    run = pretrain(cfg, progress=False)
+    method, test = load_method(run), build_archive(cfg.data).split("test")
+    rows = np.array_split(np.arange(len(test)), 50)
+    z = [method.embed(torch.stack([test[i]["rgb"] for i in block]), "rgb").numpy() for block in rows]
+    found = score_embeddings(dict(rgb=np.concatenate(z)), test, METRICS, method.distance)
     scores = {k: v for k, v in found.items() if "/" not in k}
-    scores |= dict(seconds=round(seconds), n_test=len(test))
+    scores |= dict(seconds=read_json(run/"finished.json")["seconds"], n_test=len(test))
     (home/"scores.json").write_text(json.dumps(scores))
     return scores
 
