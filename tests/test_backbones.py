@@ -36,7 +36,7 @@ def test_importing_the_page_does_not_import_timm():
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("spec", ["resnet18", "resnet34", "resnet50", "vit", SMALL, CONVNEXT,
+@pytest.mark.parametrize("spec", ["resnet18", "resnet34", "resnet50", "small_resnet", "vit", SMALL, CONVNEXT,
                                   dict(name="timm", model="vit_tiny_patch16_224")], ids=str)
 @pytest.mark.parametrize("chans", [1, 3, 10])
 def test_every_entry_embeds_any_bands(spec, chans):
@@ -51,7 +51,7 @@ def test_every_entry_embeds_any_bands(spec, chans):
 
 
 def test_what_is_registered_is_built_by_the_test_above():
-    assert set(BACKBONES.list()) == {"resnet18", "resnet34", "resnet50", "timm", "vit"}
+    assert set(BACKBONES.list()) == {"resnet18", "resnet34", "resnet50", "small_resnet", "timm", "vit"}
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
