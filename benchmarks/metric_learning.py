@@ -42,7 +42,7 @@ def parse():
 
 
 def split_store(args, seed):
-    "The images in a store, split by class with `seed`; the same images are left for the test with and without `tune`."
+    "The images in a store, split by class with `seed`; `tune` does not touch the images of the test."
     path = args.keep/f"store_{args.size}_{seed}{'_tune'*args.tune}"
     if (path/"data.mdb").exists(): return path
     archive = ClassFolders(args.root)

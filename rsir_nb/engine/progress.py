@@ -70,9 +70,9 @@ def epoch_views(
     for view, title in VIEWS.items():
         found = [o for o in told if o['view'] == view]
         many = min(len(found), maps if view == 'map' else 2)
-        found = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, many).astype(int))] if many else []
+        at = np.unique(np.linspace(0, len(found) - 1, many).astype(int)) if many else []
         html += f"<h{level}>{title}</h{level}>\n" if found else ''
-        for o in found:
+        for o in [found[i] for i in at]:
             rgb = np.asarray(Image.open(folder/o['file']).convert('RGB'))
             html += (f"<figure>{html_img(rgb, o['alt'], min(rgb.shape[1], 640))}"
                      f"<figcaption>After epoch {o['epoch'] + 1}</figcaption></figure>\n")

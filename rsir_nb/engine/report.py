@@ -119,7 +119,8 @@ def _curves(evaluation):
 def _training(run_dir):
     "Loss curve and pictures of the epochs, where the method was trained."
     if not (run_dir/'metrics.csv').is_file(): return ''
-    return f"<h2>Training</h2>\n{html_figure(loss_curves(run_dir))}" + reconstructions(run_dir) + epoch_views(run_dir)
+    pictures = reconstructions(run_dir) + epoch_views(run_dir)
+    return f"<h2>Training</h2>\n{html_figure(loss_curves(run_dir))}{pictures}"
 
 
 # %% ../../nbs/76_engine.report.ipynb #0457265c

@@ -18,7 +18,7 @@ from ..core import InputError, atomic_path, make_rng, read_json, write_json
 from ..data.base import Archive
 from ..engine.encode import encode
 from ..engine.parts import CALLBACKS
-from ..engine.protocols import store_labels
+from ..engine.protocols import has_labels, store_labels
 from .labels import distance_densities, pair_distances, show_densities
 from .projection import project, show_projection, store_vectors
 from ..html import Card
@@ -48,8 +48,8 @@ def show_answers(
     asked = make_rng(seed, 'answers').permutation(len(rows))[:queries]
     dists, near = distance.nearest(x[asked], x, min(hits + 1, len(rows)))
     def card(i, **kwargs):
-        text = ', '.join(names.iloc[rows[i]])
-        return Card(archive.picture(store.ids[rows[i]], sensor), f"{sensor.upper()} patch: {text}", text, **kwargs)
+        text, rgb = ', '.join(names.iloc[rows[i]]), archive.picture(store.ids[rows[i]], sensor)
+        return Card(rgb, f"{sensor.upper()} patch: {text}", text, **kwargs)
     def answers(q, found):
         shared = pair_overlap(labels, rows[[i for i, _ in found]], rows[q])
         return [card(i, relevance=int(n), distance=float(d)) for (i, d), n in zip(found, shared, strict=True)]
@@ -69,7 +69,7 @@ def draw_views(
     "A map of the embeddings, distances of pairs, and queries with their hits."
     sensor = store.modalities[0]
     views = dict(map=show_projection(project(store, how, [sensor], seed=seed)))
-    if 'labels' not in store.table or store.table['labels'].map(lambda o: o is None or not len(o)).all(): return views
+    if not has_labels(store): return views
     views['distances'] = show_densities(distance_densities(pair_distances(store, sensor, sensor, seed=seed)))
     views['answers'] = show_answers(store, archive, sensor, queries, hits, seed)[0, 0]
     return views
@@ -100,7 +100,8 @@ class EmbeddingViews(pl.Callback):
         if epoch % self.every and not last or not trainer.is_global_zero: return
         method = getattr(module, 'method', module)
         with TemporaryDirectory() as folder, torch.random.fork_rng():
-            store = encode(method, self.archive, Path(folder)/'codes', progress=False, device=str(method.device))
+            home, device = Path(folder)/'codes', str(method.device)
+            store = encode(method, self.archive, home, progress=False, device=device)
             views = draw_views(store, self.archive, **self.drawing)
         for name, path in self.keep(epoch, views).items():
             for logger in trainer.loggers:
@@ -113,7 +114,8 @@ class EmbeddingViews(pl.Callback):
         told = [o for o in told if o['epoch'] < epoch]
         for name, ax in views.items():
             files[name] = self.folder/f"{name}_{epoch:03d}.png"
-            with atomic_path(files[name]) as part: ax.figure.savefig(part, format='png', dpi=110, facecolor='white')
+            with atomic_path(files[name]) as part:
+                ax.figure.savefig(part, format='png', dpi=110, facecolor='white')
             told.append(dict(view=name, epoch=epoch, file=files[name].name, alt=ax.figure.get_label()))
             plt.close(ax.figure)
         write_json(note, told)
