@@ -45,8 +45,9 @@ def random_window(
     "Cut a random square out of each sample, the same in all its modalities."
     n, height, width = image_size(batch)
     side = round(part*min(height, width))
-    if not 1 <= side <= min(height, width): raise InputError("no such window can be cut", found=f"part {part}",
-        wanted=f"above 0 to 1, and a pixel of {height}x{width}")
+    if not 1 <= side <= min(height, width):
+        raise InputError("no such window can be cut", found=f"part {part} of {height}x{width} pixels",
+                         wanted="a pixel or more, and no more than there are")
     firsts = [torch.from_numpy(rng.integers(0, o - side + 1, n)) for o in (height, width)]
     rows, cols = (o[:, None] + torch.arange(side) for o in firsts)
     def cut(x):
