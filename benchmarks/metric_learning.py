@@ -7,18 +7,24 @@ images of the test are not looked at.
 
     python benchmarks/metric_learning.py --keep DIR                       # all methods, three seeds
     python benchmarks/metric_learning.py --methods margin --tune --set optim.lr=1e-3 --keep DIR
+    python benchmarks/metric_learning.py --methods sndl --seeds 0 --bits 64 128 --keep DIR       # codes, too
 """
 import argparse
 import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from rsir_nb.config import load_config
-from rsir_nb.core import make_rng, read_json
+from rsir_nb.config import load_config, to_dict
+from rsir_nb.core import content_hash, make_rng, read_json
 from rsir_nb.data.folders import ClassFolders
 from rsir_nb.data.store import write_store
+from rsir_nb.engine.encode import encode_run
+from rsir_nb.engine.evaluate import EvaluateConfig
+from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.parts import build_archive, load_method
+from rsir_nb.engine.sweep import fork_run, score_rows
 from rsir_nb.engine.train import pretrain
 from rsir_nb.metrics.named import score_embeddings
 
@@ -37,6 +43,9 @@ def parse():
     parser.add_argument("--part", type=float, default=0.75, help="part of each class to learn from")
     parser.add_argument("--set", nargs="+", default=[], help="changes of the config, key=value")
     parser.add_argument("--tune", action="store_true", help="score on a fifth of the images to learn from")
+    parser.add_argument("--bits", type=int, nargs="+", default=[], help="lengths of codes to score as well")
+    parser.add_argument("--hash", nargs="+", default=["hash=heads"],
+                        help="settings of the hash heads, key=value")
     parser.add_argument("--keep", type=Path, required=True, help="folder for stores, runs and scores")
     return parser.parse_args()
 
@@ -57,10 +66,14 @@ def split_store(args, seed):
     return path
 
 
+def run_folder(name, seed, args):
+    changed = "_".join(["", *args.set]).replace("/", "-")
+    return args.keep/f"{name}_{args.size}_{seed}{'_tune'*args.tune}{changed}"
+
+
 def run_one(name, seed, args):
     "Train one method and score it on the images that it has not seen."
-    changed = "_".join(["", *args.set]).replace("/", "-")
-    home = args.keep/f"{name}_{args.size}_{seed}{'_tune'*args.tune}{changed}"
+    home = run_folder(name, seed, args)
     if (home/"scores.json").is_file(): return json.loads((home/"scores.json").read_text())
     store, trained = split_store(args, seed), name != "band_quantiles"
     changes = args.set if trained else [f"method={name}"]
@@ -77,11 +90,40 @@ def run_one(name, seed, args):
     return scores
 
 
+def score_codes(name, seed, args):
+    "mAP of the test images by floats and by codes of each length."
+    run, told = run_folder(name, seed, args), content_hash(args.hash)[:6]
+    settings, rows = to_dict(load_config("base", args.hash).hash), []
+    for bits in 0, *args.bits:
+        fork = fork_run(run, run/f"codes_{bits}_{told}")
+        if bits: train_hash(fork, progress=False, **{**settings, "n_bits": bits})
+        store = encode_run(fork, progress=False)
+        o = EvaluateConfig(protocol="leave_one_out", depth=len(store), drawings=1)
+        rows.append(score_rows(name, {bits: store}, o)[["vectors", "mAP", "P@10"]])
+    return pd.concat(rows)
+
+
+def summary(table):
+    "Mean and half width of the 95 % interval of Student's t over the seeds, as a table in Markdown."
+    columns = [*METRICS, "seconds"]
+    print("\n| method | " + " | ".join(columns) + " |\n|" + "---|"*(1 + len(columns)))
+    for name, part in table.groupby("method", sort=False):
+        n, mean, std = len(part), part[columns].mean(), part[columns].std()
+        half = {2: 12.706, 3: 4.303}.get(n, np.nan)*std/np.sqrt(n)
+        cells = [f"{mean[o]:.3f}" + f" ± {half[o]:.3f}"*(n > 1) for o in METRICS]
+        print(f"| {name} | " + " | ".join([*cells, f"{mean['seconds']:.0f}"]) + " |")
+
+
 def main():
     args = parse()
     args.keep.mkdir(parents=True, exist_ok=True)
+    rows = []
     for seed in args.seeds:
-        for name in args.methods: print(name, seed, run_one(name, seed, args), flush=True)
+        for name in args.methods:
+            rows.append(dict(method=name, seed=seed, **run_one(name, seed, args)))
+            print(rows[-1], flush=True)
+            if args.bits and name != "band_quantiles": print(score_codes(name, seed, args), flush=True)
+    summary(pd.DataFrame(rows))
 
 
 if __name__ == "__main__": main()
