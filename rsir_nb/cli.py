@@ -63,7 +63,8 @@ def _fail(message, status):
 KINDS = dict(datasets='dataset', methods='method', backbones='backbone', necks='neck', losses='loss',
              fusions='fusion', pair_encoders='pair encoder', miners='miner',
              samplers='sampler', augmentations='augmentation', optimisers='optimiser',
-             schedules='schedule', distances='distance', metrics='metric', indexes='index')
+             schedules='schedule', distances='distance', metrics='metric', indexes='index',
+             callbacks='callback')
 FACTS = 'sensors', 'losses', 'schemes', 'source', 'paper', 'licence'
 MORE = dict(optimisers="and any name of timm's factory, e.g. lamb, lion or adopt")
 
