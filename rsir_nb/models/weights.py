@@ -53,8 +53,9 @@ def _load_torch(path):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive: damaged, names = archive.testzip(), archive.namelist()
         if damaged: raise zipfile.BadZipFile(f"a wrong checksum in {damaged}")
-        if any('/code/' in o for o in names): raise UnsafeFileError(f"{path} is a compiled program (TorchScript)",
-            wanted="a state dict", remedy="get a safetensors file of the same weights")
+        if any('/code/' in o for o in names):
+            raise UnsafeFileError(f"{path} is a compiled program (TorchScript)", wanted="a state dict",
+                                  remedy="get a safetensors file of the same weights")
     return torch.load(path, map_location='cpu', weights_only=True)
 
 def _corrupt(path, found):
