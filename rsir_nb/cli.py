@@ -22,6 +22,7 @@ from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overw
 from .plugins import registry_of
 from .verbs import bench_app, config_app, data_app, weights_app
 from .verbs_codes import codes_app
+from .verbs_models import models_app
 from .verbs_pages import pages_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
@@ -30,7 +31,7 @@ app = typer.Typer(name='rsir', cls=VerbGroup, no_args_is_help=True, add_completi
                   help="Search satellite archives by image, across sensors.")
 groups = dict(data=data_app, codes=codes_app, weights=weights_app, config=config_app, bench=bench_app)
 for name, verbs in groups.items(): app.add_typer(verbs, name=name)
-app.registered_commands += pages_app.registered_commands
+app.registered_commands += [*pages_app.registered_commands, *models_app.registered_commands]
 
 # %% ../nbs/91_cli.ipynb #6a2d8b67
 def main(

@@ -45,6 +45,7 @@ class Method(Trainable):
     "Turns images of one sensor, or of several together, into embeddings; base of every method."
     needs_training = True # whether it has an objective to be trained with
     least_batch = 64 # images that a batch is filled up to on a CPU
+    cpu_batch = None # images in each block on a CPU; None for as many as there are
     gpu_batch = 64 # images in each block on a GPU
     distance = 'cosine' # how embeddings are compared
     training_only = () # parts that only training needs: first words of their names in `state_dict`
@@ -126,7 +127,7 @@ def _embed_one(method, x, modality):
         x = method.inputs.check(x, modality, method.device)
         look = lambda rows: method.encode(method.prepare(rows, modality), modality)
     on_cpu = method.device.type == 'cpu'
-    block, pad = (len(x), method.least_batch) if on_cpu else (method.gpu_batch, method.gpu_batch)
+    block, pad = (method.cpu_batch or len(x), method.least_batch) if on_cpu else (method.gpu_batch,)*2
     with evaluating(method): return _checked_rows(in_blocks(look, x, block, pad), method, len(x), modality)
 
 def _checked_rows(z, method, n, modality):

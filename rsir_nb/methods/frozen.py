@@ -39,7 +39,7 @@ def frozen_arguments(
     arguments = {k: v for k, v in told['arguments'].items() if k not in ('optim', 'seed')}
     return dict(method=told['method'], arguments=arguments)
 
-# %% ../../nbs/53a_methods.frozen.ipynb #26e448a2
+# %% ../../nbs/53a_methods.frozen.ipynb #0bf71c3d
 class FrozenPart(Method):
     "What the frozen parts of a method make of images."
     def __init__(self,
@@ -48,7 +48,8 @@ class FrozenPart(Method):
         if not method.frozen: raise InputError(f"nothing of this {type(method).__name__} is frozen",
                                                wanted="the names of parts in its `frozen`")
         super().__init__(method.sensors, img_size=method.img_size, norm=None)
-        self.whole, self.least_batch, self.gpu_batch = method, method.least_batch, method.gpu_batch
+        self.whole = method
+        for name in 'least_batch', 'cpu_batch', 'gpu_batch': setattr(self, name, getattr(method, name))
 
     def prepare(self, x:Tensor, modality:str) -> Tensor:
         "What the method's network sees."
