@@ -147,7 +147,13 @@ def _merge_group(group, old, new):
         raise InputError(f"the group {group!r} cannot be set to this", found=repr(new),
                          wanted=f"keys and values, or one of {', '.join(list_configs(group)) or 'none'}")
     if new.get('name', old.get('name')) != old.get('name'): old = _choice(group, new['name'])
-    return OmegaConf.to_container(OmegaConf.merge(old, new))
+    return OmegaConf.to_container(OmegaConf.merge(_kept(old, new), new))
+
+def _kept(old, new):
+    "`old` without parts for which `new` has another name: nothing of theirs fits the new ones."
+    both = [k for k in old.keys() & new.keys() if isinstance(old[k], Mapping) and isinstance(new[k], Mapping)]
+    other = [k for k in both if new[k].get('name', old[k].get('name')) != old[k].get('name')]
+    return {k: _kept(v, new[k]) if k in both else v for k, v in old.items() if k not in other}
 
 # %% ../nbs/01_config.ipynb #1ae0c11a
 def _parse(override):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILES', 'evaluations_of', 'model_card', 'without_folders', 'share', 'SharedMethod', 'load_shared', 'log_artifact']
 
-# %% ../../nbs/78c_engine.share.ipynb #f6d50b24
+# %% ../../nbs/78c_engine.share.ipynb #61278e9a
 import logging, shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +20,11 @@ from .parts import load_method
 from ..methods.base import Method
 from ..rundir import best_epoch
 
-# %% ../../nbs/78c_engine.share.ipynb #0610fd86
+# %% ../../nbs/78c_engine.share.ipynb #5ab7ea0b
 wandb = lazy_import('wandb')
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/78c_engine.share.ipynb #c9389914
+# %% ../../nbs/78c_engine.share.ipynb #a550350b
 def evaluations_of(
     run_dir:str|Path, # a run's folder
     weights:str, # `Method.weights_hash` that the scores have to be of
@@ -50,7 +50,7 @@ def _hub_results(found, archive):
             results.append(EvalResult(task_type='image-retrieval', **data, **score))
     return results
 
-# %% ../../nbs/78c_engine.share.ipynb #9c528583
+# %% ../../nbs/78c_engine.share.ipynb #07d8970f
 def model_card(
     method:Method, # what is shared
     title:str, # of the card
@@ -72,7 +72,7 @@ def model_card(
              *scores, _USE, _origin(method, licence, trained)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../../nbs/78c_engine.share.ipynb #328b5af6
+# %% ../../nbs/78c_engine.share.ipynb #73b19d31
 def _what_it_is(method, told):
     codes = f", and codes of {method.heads.n_bits} bits" if method.heads is not None else ''
     name = f"`{told['method']}` of [rsir_nb](https://github.com/rsir-nb/rsir_nb)"
@@ -86,7 +86,8 @@ def _inputs_table(method):
             for m, s in method.sensors.items() for b, (mean, std) in stats[m].items()]
     text = ("Images go in as they are, in the sensor's unit, with bands in this order.\n"
             "The method normalises them itself.\n")
-    return '\n'.join(["## Images\n", text, "| sensor | band | unit | mean | std |", "|---|---|---|--:|--:|", *rows])
+    head = ["| sensor | band | unit | mean | std |", "|---|---|---|--:|--:|"]
+    return '\n'.join(["## Images\n", text, *head, *rows])
 
 def _score_text(protocol, found):
     table = found.summary().astype(str)
@@ -113,7 +114,7 @@ def _origin(method, licence, trained):
              f"- Weights: `{method.weights_hash}`", *more]
     return '\n'.join(["## Origin\n", *lines])
 
-# %% ../../nbs/78c_engine.share.ipynb #b4012224
+# %% ../../nbs/78c_engine.share.ipynb #c5d42191
 def without_folders(
     value, # text, numbers, lists and dicts of them
 ): # the same, with paths cut to their last part
@@ -122,7 +123,7 @@ def without_folders(
     if isinstance(value, (list, tuple)): return [without_folders(o) for o in value]
     return Path(value).name if isinstance(value, str) and value.startswith(('/', '~', './', '../')) else value
 
-# %% ../../nbs/78c_engine.share.ipynb #4cf223c7
+# %% ../../nbs/78c_engine.share.ipynb #a8a27161
 def share(
     run_dir:str|Path, # folder of a finished run, or one that `Method.save` wrote
     folder:str|Path, # to write; one that is there is replaced
@@ -147,14 +148,14 @@ def share(
         for protocol, o in found.items(): o.table.to_csv(part/f'scores_{protocol}.csv', index=False)
     return folder
 
-# %% ../../nbs/78c_engine.share.ipynb #15e01290
+# %% ../../nbs/78c_engine.share.ipynb #0fb9e79f
 def _trained(run_dir, cfg):
     "What a card says about a training."
     best = best_epoch(run_dir) if (run_dir/'finished.json').is_file() else None
     told = dict(archive=cfg['data']['name'], epochs=cfg['optim']['epochs'], seed=cfg['seed'])
     return told | {'best epoch': best}
 
-# %% ../../nbs/78c_engine.share.ipynb #d477dee3
+# %% ../../nbs/78c_engine.share.ipynb #2f50c428
 class SharedMethod(ModelHubMixin, library_name='rsir_nb', repo_url='https://github.com/rsir-nb/rsir_nb'):
     "A shared folder in the form in which the Hugging Face hub pushes and loads models."
     def __init__(self,
@@ -186,7 +187,7 @@ def load_shared(
         raise MissingFileError(f"there is no shared method {name}", found=' '.join(str(e).split())[:160],
                                wanted="a folder that `rsir share` wrote, or owner/name on the hub") from e
 
-# %% ../../nbs/78c_engine.share.ipynb #fa44a9e4
+# %% ../../nbs/78c_engine.share.ipynb #5d2f96cb
 def log_artifact(
     folder:str|Path, # that `share` wrote
     name:str|None=None, # of the artifact; the folder's by default

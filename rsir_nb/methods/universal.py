@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHITE', 'weight_stats', 'Universal']
 
-# %% ../../nbs/65_methods.universal.ipynb #9da33722
+# %% ../../nbs/65_methods.universal.ipynb #c58614d1
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,7 +23,7 @@ from ..models.tuning import choose_trainable, keep_still
 from ..sensors import Sensor
 from ..typed import read_part
 
-# %% ../../nbs/65_methods.universal.ipynb #1b2bdf12
+# %% ../../nbs/65_methods.universal.ipynb #9a7cd46f
 WHITE = dict(byte=255., DN=3000.) # unit -> the value that pretrained weights see as 1
 
 def weight_stats(
@@ -40,7 +40,7 @@ def weight_stats(
         found=f"{sensor.in_chans} bands in {sensor.unit}", wanted=f"3 bands in {' or '.join(WHITE)}",
         remedy="method.norm=fit for the statistics of the archive")
 
-# %% ../../nbs/65_methods.universal.ipynb #002e1f30
+# %% ../../nbs/65_methods.universal.ipynb #192553bb
 @METHODS.register('universal', paper='https://arxiv.org/abs/2409.13513', sensors='any, each with a backbone',
                   losses='any module of LOSSES; arcface by default')
 class Universal(Method):
@@ -68,7 +68,7 @@ class Universal(Method):
         if norm is None: norm = {m: weight_stats(net, own[m], white) for m, net in nets.items()}
         super().__init__(own, img_size=img_size, norm=norm, **kwargs)
         self.input_size, self.backbone_lr = next(iter(nets.values())).img_size, backbone_lr
-        self.cpu_batch = self.least_batch = 64 if self.input_size < 112 else 8 if self.input_size < 300 else 2
+        self.cpu_batch = self.least_batch = 64 if self.input_size < 112 else 8 if self.input_size < 300 else 4
         self.backbones = nn.ModuleDict({m: choose_trainable(net, trainable) for m, net in nets.items()})
         if trainable == 0: self.frozen = 'backbones',
         self.necks = nn.ModuleDict({m: make_neck(neck, net.embed_dim) for m, net in nets.items()})
@@ -86,7 +86,7 @@ class Universal(Method):
         "The neck."
         return self.necks[modality](z)
 
-# %% ../../nbs/65_methods.universal.ipynb #8bff264b
+# %% ../../nbs/65_methods.universal.ipynb #09324012
 def _own_side(backbone, img_size):
     "None where the backbone knows a size by itself, else that of the archive."
     name, _ = read_part(BACKBONES, backbone, ['in_chans', 'img_size', 'load'])
@@ -102,7 +102,7 @@ def _check_zero_shot(necks):
     raise InputError("without a loss the neck would stay random", wanted="a neck without weights",
                      remedy="method.neck=pooling, or method.neck=null")
 
-# %% ../../nbs/65_methods.universal.ipynb #18dca41f
+# %% ../../nbs/65_methods.universal.ipynb #f8a51465
 @patch
 def prepare(self:Universal,
     x:Tensor, # images in raw units, bands in the sensor's order, (B,C,H,W)
@@ -121,7 +121,7 @@ def train(self:Universal,
     keep_still(self.backbones)
     return self
 
-# %% ../../nbs/65_methods.universal.ipynb #19740082
+# %% ../../nbs/65_methods.universal.ipynb #95953447
 @patch
 def losses(self:Universal,
     batch:Mapping, # modality -> images in raw units, (B,C,H,W); target (B,) or labels (B,L)

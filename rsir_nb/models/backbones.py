@@ -20,6 +20,7 @@ from ..core import BACKBONES, InputError, lazy_import, unknown_name
 from ..machine import declare_torchvision_ops
 from .cached import cached_weights
 from .first_conv import IN_WEIGHTS, remap_first_conv
+from .rowwise import steady_rows
 from ..typed import builder_arguments, make_part, read_part
 
 # %% ../../nbs/27_models.backbones.ipynb #990a6528
@@ -97,7 +98,7 @@ def _timm_model(model, arguments, in_chans, img_size):
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as e:
         raise does_not_fit(model, in_chans, img_size, e) from e
 
-# %% ../../nbs/27_models.backbones.ipynb #fdd15d01
+# %% ../../nbs/27_models.backbones.ipynb #4c5a7d02
 def check_tokens(
     model:str, # its name
     img_size:int, # side of the images in pixels
@@ -160,7 +161,7 @@ def _load(net, path, model, cfg):
     heads = [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier or ()
     return fill_backbone(net, state, path, model, [f'{o}.{end}' for o in heads for end in ('weight', 'bias')])
 
-# %% ../../nbs/27_models.backbones.ipynb #75841fee
+# %% ../../nbs/27_models.backbones.ipynb #d423a20f
 def fill_backbone(
     net:nn.Module, # to be filled
     state:Mapping[str, Tensor], # tensors by their names in `net`
@@ -215,6 +216,7 @@ def timm_backbone(
         remap_first_conv(net, in_chans, in_weights)
         if in_chans == known: facts |= dict(mean=cfg.mean, std=cfg.std)
         facts['size'] = cfg.input_size[-1]
+    if getattr(net, 'attn_pool', None) is not None: steady_rows(net.attn_pool)
     width = embedding_width(net, in_chans, img_size, model)
     return Backbone(net, in_chans, img_size, width, bool(cfg.fixed_input_size), **facts)
 
