@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILES', 'evaluations_of', 'model_card', 'without_folders', 'share', 'SharedMethod', 'load_shared', 'log_artifact']
 
-# %% ../../nbs/78c_engine.share.ipynb #61278e9a
+# %% ../../nbs/78c_engine.share.ipynb #7031d890
 import logging, shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +14,18 @@ from huggingface_hub import EvalResult, ModelCardData, ModelHubMixin, snapshot_d
 from omegaconf import OmegaConf
 
 from ..config import load_run_config, to_dict
-from ..core import InputError, MissingFileError, atomic_path, lazy_import, unknown_name, write_json
+from ..core import (InputError, MissingFileError, RsirError, atomic_path, lazy_import, unknown_name,
+                          write_json)
 from .evaluation import Evaluation, load_evaluation
 from .parts import load_method
 from ..methods.base import Method
 from ..rundir import best_epoch
 
-# %% ../../nbs/78c_engine.share.ipynb #5ab7ea0b
+# %% ../../nbs/78c_engine.share.ipynb #e7affa1f
 wandb = lazy_import('wandb')
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/78c_engine.share.ipynb #a550350b
+# %% ../../nbs/78c_engine.share.ipynb #ab09816a
 def evaluations_of(
     run_dir:str|Path, # a run's folder
     weights:str, # `Method.weights_hash` that the scores have to be of
@@ -50,7 +51,7 @@ def _hub_results(found, archive):
             results.append(EvalResult(task_type='image-retrieval', **data, **score))
     return results
 
-# %% ../../nbs/78c_engine.share.ipynb #07d8970f
+# %% ../../nbs/78c_engine.share.ipynb #ec9a8afe
 def model_card(
     method:Method, # what is shared
     title:str, # of the card
@@ -72,7 +73,7 @@ def model_card(
              *scores, _USE, _origin(method, licence, trained)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../../nbs/78c_engine.share.ipynb #73b19d31
+# %% ../../nbs/78c_engine.share.ipynb #549b1c50
 def _what_it_is(method, told):
     codes = f", and codes of {method.heads.n_bits} bits" if method.heads is not None else ''
     name = f"`{told['method']}` of [rsir_nb](https://github.com/rsir-nb/rsir_nb)"
@@ -114,7 +115,7 @@ def _origin(method, licence, trained):
              f"- Weights: `{method.weights_hash}`", *more]
     return '\n'.join(["## Origin\n", *lines])
 
-# %% ../../nbs/78c_engine.share.ipynb #c5d42191
+# %% ../../nbs/78c_engine.share.ipynb #90954820
 def without_folders(
     value, # text, numbers, lists and dicts of them
 ): # the same, with paths cut to their last part
@@ -123,7 +124,7 @@ def without_folders(
     if isinstance(value, (list, tuple)): return [without_folders(o) for o in value]
     return Path(value).name if isinstance(value, str) and value.startswith(('/', '~', './', '../')) else value
 
-# %% ../../nbs/78c_engine.share.ipynb #a8a27161
+# %% ../../nbs/78c_engine.share.ipynb #ae38138b
 def share(
     run_dir:str|Path, # folder of a finished run, or one that `Method.save` wrote
     folder:str|Path, # to write; one that is there is replaced
@@ -148,14 +149,14 @@ def share(
         for protocol, o in found.items(): o.table.to_csv(part/f'scores_{protocol}.csv', index=False)
     return folder
 
-# %% ../../nbs/78c_engine.share.ipynb #0fb9e79f
+# %% ../../nbs/78c_engine.share.ipynb #f41f47c8
 def _trained(run_dir, cfg):
     "What a card says about a training."
     best = best_epoch(run_dir) if (run_dir/'finished.json').is_file() else None
     told = dict(archive=cfg['data']['name'], epochs=cfg['optim']['epochs'], seed=cfg['seed'])
     return told | {'best epoch': best}
 
-# %% ../../nbs/78c_engine.share.ipynb #2f50c428
+# %% ../../nbs/78c_engine.share.ipynb #7d8a0f05
 class SharedMethod(ModelHubMixin, library_name='rsir_nb', repo_url='https://github.com/rsir-nb/rsir_nb'):
     "A shared folder in the form in which the Hugging Face hub pushes and loads models."
     def __init__(self,
@@ -182,12 +183,12 @@ def load_shared(
 ) -> Method: # in eval mode
     "A shared method from a folder, from the hub's cache, or from the hub."
     try: return SharedMethod.from_pretrained(name, device=device, **options).method
+    except RsirError: raise
     except (OSError, ValueError) as e:
-        if isinstance(e, (InputError, MissingFileError)): raise
         raise MissingFileError(f"there is no shared method {name}", found=' '.join(str(e).split())[:160],
                                wanted="a folder that `rsir share` wrote, or owner/name on the hub") from e
 
-# %% ../../nbs/78c_engine.share.ipynb #5d2f96cb
+# %% ../../nbs/78c_engine.share.ipynb #4ec0f673
 def log_artifact(
     folder:str|Path, # that `share` wrote
     name:str|None=None, # of the artifact; the folder's by default
