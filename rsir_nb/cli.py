@@ -212,9 +212,11 @@ def evaluate_command(
     run:RunFolder, # a run with hash heads, or without
     overrides:Overrides=[], # changes to the group `evaluate` # noqa: B006
     protocol:ProtocolName=None, # rules
+    by:Annotated[str, typer.Option(help="Also by this column of the archive's table.")]=None, # a column
     dry_run:DryRun=False, # only show the config
 ):
     "Score a run in every direction, beside its baselines."
+    from rsir_nb.engine.domains import told_by
     from rsir_nb.engine.evaluate import evaluate
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
     cfg = run_config(run, changes, 'evaluate')
@@ -226,6 +228,7 @@ def evaluate_command(
         print("The other sensor's image of the same patch:")
         print(f"{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
+    if by: print(f"\nBy {by}:\n{told_by(run, by, found.about['protocol'])}")
     return found
 
 # %% ../nbs/91_cli.ipynb #18dc43df

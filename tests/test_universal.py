@@ -180,6 +180,22 @@ def test_saved_without_its_head(run, tmp_path):
     assert again.weights_hash == method.weights_hash and again.arguments["load"] is False
 
 
+def test_weights_of_a_file_travel_with_the_method(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+    torch.manual_seed(3)
+    net = timm.create_model("convnext_atto", num_classes=0)
+    save_file(net.state_dict(), tmp_path/"net.safetensors")
+    method = universal(dict(NET, weights=str(tmp_path/"net.safetensors")), input_size=64)
+    assert torch.equal(method.backbones["rgb"].net.stem[0].weight, net.stem[0].weight)
+    method.save(tmp_path/"m")
+    (tmp_path/"net.safetensors").unlink()
+    assert str(tmp_path) not in (tmp_path/"m/method.json").read_text()
+    again = Method.load(tmp_path/"m")
+    assert torch.equal(again.embed(pictures(), "rgb"), method.embed(pictures(), "rgb"))
+    assert again.backbones["rgb"].mean == (0.485, 0.456, 0.406)
+
+
 def test_search(run, tmp_path):
     archive = build_archive(config(tmp_path).data)
     found = Retriever.build(load_method(run), archive, tmp_path/"search", progress=False).query("rgb_3", k=4)

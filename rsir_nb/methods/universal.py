@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WHITE', 'weight_stats', 'Universal']
 
-# %% ../../nbs/65_methods.universal.ipynb #c58614d1
+# %% ../../nbs/65_methods.universal.ipynb #aa848fd9
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
@@ -23,7 +24,7 @@ from ..models.tuning import choose_trainable, keep_still
 from ..sensors import Sensor
 from ..typed import read_part
 
-# %% ../../nbs/65_methods.universal.ipynb #9a7cd46f
+# %% ../../nbs/65_methods.universal.ipynb #03072f52
 WHITE = dict(byte=255., DN=3000.) # unit -> the value that pretrained weights see as 1
 
 def weight_stats(
@@ -40,7 +41,7 @@ def weight_stats(
         found=f"{sensor.in_chans} bands in {sensor.unit}", wanted=f"3 bands in {' or '.join(WHITE)}",
         remedy="method.norm=fit for the statistics of the archive")
 
-# %% ../../nbs/65_methods.universal.ipynb #192553bb
+# %% ../../nbs/65_methods.universal.ipynb #3657e329
 @METHODS.register('universal', paper='https://arxiv.org/abs/2409.13513', sensors='any, each with a backbone',
                   losses='any module of LOSSES; arcface by default')
 class Universal(Method):
@@ -76,7 +77,7 @@ class Universal(Method):
         self.needs_training, self.loss = loss is not None, None
         if loss is None: _check_zero_shot(self.necks)
         else: self.loss = _make_head(loss, self.embed_dim, vocab, class_counts)
-        self.arguments['load'] = False
+        self.arguments |= dict(load=False, backbone=_without_folder(backbone))
 
     def features(self, x:Tensor, modality:str) -> Tensor:
         "What the backbone makes of normalised images."
@@ -86,11 +87,16 @@ class Universal(Method):
         "The neck."
         return self.necks[modality](z)
 
-# %% ../../nbs/65_methods.universal.ipynb #09324012
+# %% ../../nbs/65_methods.universal.ipynb #cd10ebdd
 def _own_side(backbone, img_size):
     "None where the backbone knows a size by itself, else that of the archive."
     name, _ = read_part(BACKBONES, backbone, ['in_chans', 'img_size', 'load'])
     return None if has_own_size(name) else img_size
+
+def _without_folder(backbone):
+    "What a backbone is, its weights without the folder that they came from."
+    if isinstance(backbone, str) or not backbone.get('weights'): return backbone
+    return {**backbone, 'weights': Path(backbone['weights']).name}
 
 def _make_head(loss, embed_dim, vocab, class_counts):
     if vocab: return make_loss(loss, embed_dim=embed_dim, n_classes=len(vocab), class_counts=class_counts)
@@ -102,7 +108,7 @@ def _check_zero_shot(necks):
     raise InputError("without a loss the neck would stay random", wanted="a neck without weights",
                      remedy="method.neck=pooling, or method.neck=null")
 
-# %% ../../nbs/65_methods.universal.ipynb #f8a51465
+# %% ../../nbs/65_methods.universal.ipynb #397a70fd
 @patch
 def prepare(self:Universal,
     x:Tensor, # images in raw units, bands in the sensor's order, (B,C,H,W)
@@ -121,7 +127,7 @@ def train(self:Universal,
     keep_still(self.backbones)
     return self
 
-# %% ../../nbs/65_methods.universal.ipynb #95953447
+# %% ../../nbs/65_methods.universal.ipynb #731392b3
 @patch
 def losses(self:Universal,
     batch:Mapping, # modality -> images in raw units, (B,C,H,W); target (B,) or labels (B,L)
