@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['models_app', 'export_command', 'share_command']
 
-# %% ../nbs/90f_verbs_models.ipynb #1f43d42d
+# %% ../nbs/90f_verbs_models.ipynb #a85b75bc
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ import typer
 
 from .options import RunFolder
 
-# %% ../nbs/90f_verbs_models.ipynb #45029259
+# %% ../nbs/90f_verbs_models.ipynb #6df6c488
 models_app = typer.Typer()
 
 @models_app.command('export')
@@ -33,7 +33,7 @@ def export_command(
     for o in made: print(f"{o}: {o.stat().st_size/1e6:.1f} MB, compared with the method")
     return made
 
-# %% ../nbs/90f_verbs_models.ipynb #99e17ca7
+# %% ../nbs/90f_verbs_models.ipynb #5c277d32
 @models_app.command('share')
 def share_command(
     run:RunFolder, # a trained run

@@ -215,6 +215,7 @@ def test_all_types_are_tested_and_their_usual_models_exist():
         if family.library == "timm":
             wanted = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(family.model).to_dict())
             assert (made.mean, made.std, made.size) == (wanted["mean"], wanted["std"], wanted["input_size"][-1]), type
+            assert timm.get_pretrained_cfg(family.model).license.split("-")[0] == family.licence.lower().split("-")[0].split()[0]
         else: assert made.mean == open_clip.get_pretrained_cfg(name, tag)["mean"]
 
 

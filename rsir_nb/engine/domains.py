@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scores_by', 'run_scores_by', 'told_by']
 
-# %% ../../nbs/74c_engine.domains.ipynb #67e0f5bb
+# %% ../../nbs/74c_engine.domains.ipynb #aedb13d2
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..metrics.intervals import bootstrap_ci
 from ..metrics.named import make_metric
 from ..retrieval.codes import CodeStore
 
-# %% ../../nbs/74c_engine.domains.ipynb #eb8f2604
+# %% ../../nbs/74c_engine.domains.ipynb #a239d228
 def scores_by(
     found:Evaluation, # of `evaluate`
     groups:Mapping[str, str|Sequence[str]], # id of a query -> its group, or its groups
@@ -48,7 +48,7 @@ def _mean(queries, column, drawings, seed):
     x, places = queries[column].to_numpy(np.float64), queries['place'].astype(str).to_numpy()
     return *bootstrap_ci(x, drawings, seed, places), int(np.isfinite(x).sum())
 
-# %% ../../nbs/74c_engine.domains.ipynb #59b240fa
+# %% ../../nbs/74c_engine.domains.ipynb #2e5b6c70
 def run_scores_by(
     run_dir:str|Path, # a run that was evaluated
     column:str, # of its table

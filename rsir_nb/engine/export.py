@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'RawEncoder', 'trace_method', 'describe_export', 'export']
 
-# %% ../../nbs/78b_engine.export.ipynb #6563587a
+# %% ../../nbs/78b_engine.export.ipynb #19bc57d6
 import json, logging, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -21,7 +21,7 @@ from .exported import ExportedMethod, check_program
 from .parts import load_method
 from ..methods.base import Method
 
-# %% ../../nbs/78b_engine.export.ipynb #1f87e07b
+# %% ../../nbs/78b_engine.export.ipynb #79a1de02
 class RawEncoder(nn.Module):
     "From raw images of one sensor to embeddings and codes, without checks."
     def __init__(self,
@@ -43,7 +43,7 @@ class RawEncoder(nn.Module):
         bits = (self.method.heads[self.modality](z) > 0).unflatten(1, (-1, 8))
         return z, (bits*self.places).sum(2).to(torch.uint8)
 
-# %% ../../nbs/78b_engine.export.ipynb #ac579f84
+# %% ../../nbs/78b_engine.export.ipynb #5a16c645
 def trace_method(
     module:RawEncoder, # what is recorded
     example:Tensor, # raw images, (B,C,H,W), two or more
@@ -60,7 +60,7 @@ def trace_method(
     raise InputError(f"the method {name} cannot be exported", found=f"{type(errors[0]).__name__}: {said}",
                      remedy="use it in Python, with Method.load") from errors[0]
 
-# %% ../../nbs/78b_engine.export.ipynb #ba559ab8
+# %% ../../nbs/78b_engine.export.ipynb #ddda4607
 @contextmanager
 def _quiet() -> Iterator[None]:
     "Keep what torch prints about a recording to itself."
@@ -72,7 +72,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally: logging.disable(level)
 
-# %% ../../nbs/78b_engine.export.ipynb #5dacbeb1
+# %% ../../nbs/78b_engine.export.ipynb #71f8d662
 FORMAT = 'rsir_nb.export/1'
 
 def describe_export(
@@ -95,7 +95,7 @@ def describe_export(
                 n_bits=method.heads.n_bits if codes else None, distance=method.distance, preprocessing=seen,
                 arguments=arguments, versions=versions())
 
-# %% ../../nbs/78b_engine.export.ipynb #f54f11de
+# %% ../../nbs/78b_engine.export.ipynb #27035b90
 def _write_program(program, path, about):
     program.example_inputs = None
     extra = {'rsir.json': json.dumps(about)}
@@ -120,7 +120,7 @@ def _write_onnx(program, path, about):
 
 WRITERS = {'.pt2': _write_program, '.onnx': _write_onnx}
 
-# %% ../../nbs/78b_engine.export.ipynb #a2b0c13d
+# %% ../../nbs/78b_engine.export.ipynb #2ec286ad
 def _example(method, modality, size, dtype, n=3, seed=0):
     "Random images of a sensor, in its unit."
     stats = torch.tensor([*method.inputs.stats()[modality].values()])
@@ -138,7 +138,7 @@ def _compare(path, method, modality, images, close=1e-5):
             found=f"a difference of {off:.1e}", wanted=f"at most {close:g}",
             remedy="use it in Python, with Method.load")
 
-# %% ../../nbs/78b_engine.export.ipynb #3483c110
+# %% ../../nbs/78b_engine.export.ipynb #d799ca3e
 def export(
     source:Method|str|Path, # a method, or the folder of a trained run
     path:str|Path, # the file to write: .pt2 or .onnx
@@ -166,7 +166,7 @@ def export(
         _compare(part, method, modality, images)
     return path
 
-# %% ../../nbs/78b_engine.export.ipynb #fce49f9a
+# %% ../../nbs/78b_engine.export.ipynb #9b3e7389
 def _one_sensor(method, modality):
     "The sensor that is meant."
     if modality in method.joint: raise InputError(f"{modality} is fused of several sensors",

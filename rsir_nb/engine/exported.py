@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_program', 'ExportedMethod']
 
-# %% ../../nbs/78a_engine.exported.ipynb #ee903eae
+# %% ../../nbs/78a_engine.exported.ipynb #5e3bb050
 import json, re, zipfile
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..core import CorruptError, InputError, MissingFileError, UnsafeFileError
 from ..methods.inputs import InputAdapter
 from ..sensors import Sensor
 
-# %% ../../nbs/78a_engine.exported.ipynb #99a50c86
+# %% ../../nbs/78a_engine.exported.ipynb #9b2ac071
 _MEMBERS = re.compile(r'[^/]+/(data/weights/(weight_\d+|model_weights_config\.json)|'
                       r'data/constants/(tensor_\d+|model_constants_config\.json)|data/sample_inputs/model\.pt|'
                       r'models/model\.json|extra/rsir\.json|archive_format|archive_version|byteorder|'
@@ -37,7 +37,7 @@ def _suspicious(value, key=''):
     bad = bad or key in ('target', 'as_operator') and not str(value).startswith(_OPERATORS)
     return f"{key} {value}" if bad else None
 
-# %% ../../nbs/78a_engine.exported.ipynb #ea7f9870
+# %% ../../nbs/78a_engine.exported.ipynb #d3839d27
 def check_program(
     path:str|Path, # a .pt2 file
 ):
@@ -50,7 +50,7 @@ def check_program(
             if found: raise UnsafeFileError(f"{path} could run code", found=str(found)[:100],
                 wanted="weights and operators of torch only", remedy="write it again with `rsir export`")
 
-# %% ../../nbs/78a_engine.exported.ipynb #6b631d32
+# %% ../../nbs/78a_engine.exported.ipynb #e5de36f9
 def _open_program(path):
     "What a .pt2 file says about itself, and a function of images."
     try:
@@ -79,7 +79,7 @@ def _unreadable(path, error):
     return CorruptError(f"{path} cannot be read as an exported method", found=said,
                         wanted="what `rsir export` writes", remedy="export or copy it again")
 
-# %% ../../nbs/78a_engine.exported.ipynb #b8ad1c81
+# %% ../../nbs/78a_engine.exported.ipynb #20b33a42
 class ExportedMethod:
     "An exported method: embeddings and codes of raw images of one sensor."
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILES', 'evaluations_of', 'model_card', 'without_folders', 'share', 'SharedMethod', 'load_shared', 'log_artifact']
 
-# %% ../../nbs/78c_engine.share.ipynb #7031d890
+# %% ../../nbs/78c_engine.share.ipynb #f9196563
 import logging, shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +21,11 @@ from .parts import load_method
 from ..methods.base import Method
 from ..rundir import best_epoch
 
-# %% ../../nbs/78c_engine.share.ipynb #e7affa1f
+# %% ../../nbs/78c_engine.share.ipynb #22ade6ae
 wandb = lazy_import('wandb')
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/78c_engine.share.ipynb #ab09816a
+# %% ../../nbs/78c_engine.share.ipynb #2e675f54
 def evaluations_of(
     run_dir:str|Path, # a run's folder
     weights:str, # `Method.weights_hash` that the scores have to be of
@@ -51,7 +51,7 @@ def _hub_results(found, archive):
             results.append(EvalResult(task_type='image-retrieval', **data, **score))
     return results
 
-# %% ../../nbs/78c_engine.share.ipynb #ec9a8afe
+# %% ../../nbs/78c_engine.share.ipynb #84a8af57
 def model_card(
     method:Method, # what is shared
     title:str, # of the card
@@ -73,7 +73,7 @@ def model_card(
              *scores, _USE, _origin(method, licence, trained)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../../nbs/78c_engine.share.ipynb #549b1c50
+# %% ../../nbs/78c_engine.share.ipynb #171fe4f4
 def _what_it_is(method, told):
     codes = f", and codes of {method.heads.n_bits} bits" if method.heads is not None else ''
     name = f"`{told['method']}` of [rsir_nb](https://github.com/rsir-nb/rsir_nb)"
@@ -115,7 +115,7 @@ def _origin(method, licence, trained):
              f"- Weights: `{method.weights_hash}`", *more]
     return '\n'.join(["## Origin\n", *lines])
 
-# %% ../../nbs/78c_engine.share.ipynb #90954820
+# %% ../../nbs/78c_engine.share.ipynb #fb19280e
 def without_folders(
     value, # text, numbers, lists and dicts of them
 ): # the same, with paths cut to their last part
@@ -124,7 +124,7 @@ def without_folders(
     if isinstance(value, (list, tuple)): return [without_folders(o) for o in value]
     return Path(value).name if isinstance(value, str) and value.startswith(('/', '~', './', '../')) else value
 
-# %% ../../nbs/78c_engine.share.ipynb #ae38138b
+# %% ../../nbs/78c_engine.share.ipynb #26b84ee2
 def share(
     run_dir:str|Path, # folder of a finished run, or one that `Method.save` wrote
     folder:str|Path, # to write; one that is there is replaced
@@ -149,14 +149,14 @@ def share(
         for protocol, o in found.items(): o.table.to_csv(part/f'scores_{protocol}.csv', index=False)
     return folder
 
-# %% ../../nbs/78c_engine.share.ipynb #f41f47c8
+# %% ../../nbs/78c_engine.share.ipynb #42fe3d61
 def _trained(run_dir, cfg):
     "What a card says about a training."
     best = best_epoch(run_dir) if (run_dir/'finished.json').is_file() else None
     told = dict(archive=cfg['data']['name'], epochs=cfg['optim']['epochs'], seed=cfg['seed'])
     return told | {'best epoch': best}
 
-# %% ../../nbs/78c_engine.share.ipynb #7d8a0f05
+# %% ../../nbs/78c_engine.share.ipynb #6c74eaa5
 class SharedMethod(ModelHubMixin, library_name='rsir_nb', repo_url='https://github.com/rsir-nb/rsir_nb'):
     "A shared folder in the form in which the Hugging Face hub pushes and loads models."
     def __init__(self,
@@ -188,7 +188,7 @@ def load_shared(
         raise MissingFileError(f"there is no shared method {name}", found=' '.join(str(e).split())[:160],
                                wanted="a folder that `rsir share` wrote, or owner/name on the hub") from e
 
-# %% ../../nbs/78c_engine.share.ipynb #4ec0f673
+# %% ../../nbs/78c_engine.share.ipynb #6930076f
 def log_artifact(
     folder:str|Path, # that `share` wrote
     name:str|None=None, # of the artifact; the folder's by default

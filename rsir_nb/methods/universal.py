@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHITE', 'weight_stats', 'Universal']
 
-# %% ../../nbs/65_methods.universal.ipynb #aa848fd9
+# %% ../../nbs/65_methods.universal.ipynb #63a5ebdd
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..models.tuning import choose_trainable, keep_still
 from ..sensors import Sensor
 from ..typed import read_part
 
-# %% ../../nbs/65_methods.universal.ipynb #03072f52
+# %% ../../nbs/65_methods.universal.ipynb #c6f5e4b3
 WHITE = dict(byte=255., DN=3000.) # unit -> the value that pretrained weights see as 1
 
 def weight_stats(
@@ -41,7 +41,7 @@ def weight_stats(
         found=f"{sensor.in_chans} bands in {sensor.unit}", wanted=f"3 bands in {' or '.join(WHITE)}",
         remedy="method.norm=fit for the statistics of the archive")
 
-# %% ../../nbs/65_methods.universal.ipynb #3657e329
+# %% ../../nbs/65_methods.universal.ipynb #1572ea7e
 @METHODS.register('universal', paper='https://arxiv.org/abs/2409.13513', sensors='any, each with a backbone',
                   losses='any module of LOSSES; arcface by default')
 class Universal(Method):
@@ -87,7 +87,7 @@ class Universal(Method):
         "The neck."
         return self.necks[modality](z)
 
-# %% ../../nbs/65_methods.universal.ipynb #cd10ebdd
+# %% ../../nbs/65_methods.universal.ipynb #f5f00018
 def _own_side(backbone, img_size):
     "None where the backbone knows a size by itself, else that of the archive."
     name, _ = read_part(BACKBONES, backbone, ['in_chans', 'img_size', 'load'])
@@ -108,7 +108,7 @@ def _check_zero_shot(necks):
     raise InputError("without a loss the neck would stay random", wanted="a neck without weights",
                      remedy="method.neck=pooling, or method.neck=null")
 
-# %% ../../nbs/65_methods.universal.ipynb #397a70fd
+# %% ../../nbs/65_methods.universal.ipynb #60dc96a9
 @patch
 def prepare(self:Universal,
     x:Tensor, # images in raw units, bands in the sensor's order, (B,C,H,W)
@@ -127,7 +127,7 @@ def train(self:Universal,
     keep_still(self.backbones)
     return self
 
-# %% ../../nbs/65_methods.universal.ipynb #731392b3
+# %% ../../nbs/65_methods.universal.ipynb #0ba41652
 @patch
 def losses(self:Universal,
     batch:Mapping, # modality -> images in raw units, (B,C,H,W); target (B,) or labels (B,L)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['cached_weights']
 
-# %% ../../nbs/26b_models.cached.ipynb #8447357a
+# %% ../../nbs/26b_models.cached.ipynb #8c3a5859
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..core import MissingFileError
 
-# %% ../../nbs/26b_models.cached.ipynb #0ba33041
+# %% ../../nbs/26b_models.cached.ipynb #5a25c05f
 def cached_weights(
     what:str, # whose weights they are, for the message
     repo:str='', # repository on the Hugging Face hub, 'owner/name' or 'owner/name@revision'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IN_WEIGHTS', 'remap_first_conv']
 
-# %% ../../nbs/26a_models.first_conv.ipynb #f486ea1a
+# %% ../../nbs/26a_models.first_conv.ipynb #5e401de2
 import torch
 from torch import nn
 

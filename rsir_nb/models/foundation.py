@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOUNDATION', 'Family', 'foundation_backbone', 'foundation_table']
 
-# %% ../../nbs/27b_models.foundation.ipynb #355718b2
+# %% ../../nbs/27b_models.foundation.ipynb #74e366b7
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from ..machine import declare_torchvision_ops
 from .backbones import Backbone, embedding_width, timm_backbone
 from .open_clip import import_open_clip, open_clip_backbone
 
-# %% ../../nbs/27b_models.foundation.ipynb #4053e89d
+# %% ../../nbs/27b_models.foundation.ipynb #28eb85e9
 pd = lazy_import('pandas')
 timm = lazy_import('timm')
 
-# %% ../../nbs/27b_models.foundation.ipynb #85a6daf4
+# %% ../../nbs/27b_models.foundation.ipynb #90128687
 @dataclass(frozen=True)
 class Family:
     "A kind of pretrained network."
@@ -52,7 +52,7 @@ FOUNDATION = dict(
     dinov3=Family('timm', '.*dinov3', 'vit_large_patch16_dinov3.sat493m', 'DINOv3 licence',
                   'https://arxiv.org/abs/2508.10104'))
 
-# %% ../../nbs/27b_models.foundation.ipynb #10ce92a0
+# %% ../../nbs/27b_models.foundation.ipynb #656c9e4c
 def _names(library):
     "All names of models, with and without tags."
     declare_torchvision_ops()
@@ -70,7 +70,7 @@ def _check_family(type, model, weights):
     if name not in {part for o in right for part in (o, o.partition('.')[0])}:
         raise unknown_name(f"model of the type {type}", name, right)
 
-# %% ../../nbs/27b_models.foundation.ipynb #24a9f4a3
+# %% ../../nbs/27b_models.foundation.ipynb #84b0b0d1
 @BACKBONES.register('foundation', paper='https://arxiv.org/abs/2409.13513')
 def foundation_backbone(
     in_chans:int, # bands
@@ -98,7 +98,7 @@ def foundation_backbone(
     made.facts = dict(type=type, **made.facts)
     return made
 
-# %% ../../nbs/27b_models.foundation.ipynb #959d674d
+# %% ../../nbs/27b_models.foundation.ipynb #e43f4a63
 def _projection_of(type, model):
     "The option of timm that keeps a projection."
     width = timm.get_pretrained_cfg(model).num_classes
@@ -110,7 +110,7 @@ def _take_off_neck(made, model):
     made.net.neck = nn.Identity()
     made.embed_dim = embedding_width(made.net, made.in_chans, made.img_size, model)
 
-# %% ../../nbs/27b_models.foundation.ipynb #2ad89772
+# %% ../../nbs/27b_models.foundation.ipynb #9e5a59ae
 def foundation_table() -> 'pd.DataFrame': # one row per type
     "The usual model of each type: size and mean of its images, width of its embedding, weights, licence."
     rows = {}

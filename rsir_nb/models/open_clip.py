@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['import_open_clip', 'open_clip_backbone']
 
-# %% ../../nbs/27a_models.open_clip.ipynb #b1eb40a6
+# %% ../../nbs/27a_models.open_clip.ipynb #2cd34964
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +17,10 @@ from .backbones import Backbone, check_tokens, does_not_fit, embedding_width, fi
 from .cached import cached_weights
 from .first_conv import IN_WEIGHTS, remap_first_conv
 
-# %% ../../nbs/27a_models.open_clip.ipynb #5c82bb69
+# %% ../../nbs/27a_models.open_clip.ipynb #1943e630
 weights_page = lazy_import('rsir_nb.models.weights')
 
-# %% ../../nbs/27a_models.open_clip.ipynb #d28995f3
+# %% ../../nbs/27a_models.open_clip.ipynb #7d281d83
 def import_open_clip(
 ) -> ModuleType: # open_clip
     "open_clip, imported when its first model is built; raises `MissingFileError` where it is not installed."
@@ -30,7 +30,7 @@ def import_open_clip(
         raise MissingFileError("open_clip is not installed", found=str(e),
                                remedy="pip install 'rsir_nb[foundation]', or choose a model of timm") from e
 
-# %% ../../nbs/27a_models.open_clip.ipynb #9b5e7d43
+# %% ../../nbs/27a_models.open_clip.ipynb #0e8f0a52
 def _split_name(model, weights):
     "A model's name and the tag of its weights, where one is named."
     clip = import_open_clip()
@@ -46,7 +46,7 @@ def _split_name(model, weights):
                          remedy=f"name one: model={name}.{tags[0]}" if tags else "pass weights=FILE")
     return name, said or (tags[0] if weights == 'pretrained' else '')
 
-# %% ../../nbs/27a_models.open_clip.ipynb #70859f3d
+# %% ../../nbs/27a_models.open_clip.ipynb #6ff0161f
 def _trained_with(name, tag):
     "What open_clip knows about a set of weights: mean, std, quick_gelu and where it is kept."
     clip = import_open_clip()
@@ -58,7 +58,7 @@ def _trained_with(name, tag):
     raise InputError(f"weights of {name} were trained with different means", found=', '.join(known),
                      wanted="the tag of these weights", remedy=f"name it: model={name}.{next(iter(known))}")
 
-# %% ../../nbs/27a_models.open_clip.ipynb #3831206a
+# %% ../../nbs/27a_models.open_clip.ipynb #5dcdc90d
 def _whole(name, img_size, quick_gelu, options):
     "An open_clip model with random weights and next to no text tower."
     clip, cfg = import_open_clip(), import_open_clip().get_model_config(name)
@@ -71,7 +71,7 @@ def _whole(name, img_size, quick_gelu, options):
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as e:
         raise does_not_fit(name, 3, img_size, e) from e
 
-# %% ../../nbs/27a_models.open_clip.ipynb #e4c66287
+# %% ../../nbs/27a_models.open_clip.ipynb #003fd8e1
 def _without_projection(net, name):
     "The tower without its last layer."
     trunk = getattr(net, 'trunk', None)
@@ -81,7 +81,7 @@ def _without_projection(net, name):
     elif trunk.num_classes: trunk.reset_classifier(0)
     return net if trunk is None else trunk
 
-# %% ../../nbs/27a_models.open_clip.ipynb #6911be3a
+# %% ../../nbs/27a_models.open_clip.ipynb #1470f020
 def _weights_file(weights, name, tag):
     "The file that holds the weights."
     cfg = _trained_with(name, tag) if tag else {}
@@ -105,7 +105,7 @@ def _fill(clip_model, path, name, own, img_size):
     tower = {k.removeprefix('visual.'): v for k, v in state.items() if k.startswith('visual.')}
     fill_backbone(clip_model.visual, tower, path, f"open_clip's {name}")
 
-# %% ../../nbs/27a_models.open_clip.ipynb #6181db9f
+# %% ../../nbs/27a_models.open_clip.ipynb #23d6d26a
 def _resized(net, name, img_size, own):
     "The tower for images of `img_size`, and whether it takes no others."
     trunk = getattr(net, 'trunk', None)
@@ -116,7 +116,7 @@ def _resized(net, name, img_size, own):
     except (AssertionError, RuntimeError, ValueError) as e: raise does_not_fit(name, 3, img_size, e) from e
     return net, True
 
-# %% ../../nbs/27a_models.open_clip.ipynb #759a834d
+# %% ../../nbs/27a_models.open_clip.ipynb #0cc6863a
 @BACKBONES.register('open_clip', paper='https://github.com/mlfoundations/open_clip')
 def open_clip_backbone(
     in_chans:int, # bands

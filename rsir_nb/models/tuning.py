@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['blocks_of', 'choose_trainable', 'keep_still']
 
-# %% ../../nbs/27c_models.tuning.ipynb #1860f3fb
+# %% ../../nbs/27c_models.tuning.ipynb #2583bf10
 from torch import nn
 
 from ..core import InputError
 
-# %% ../../nbs/27c_models.tuning.ipynb #927d5e33
+# %% ../../nbs/27c_models.tuning.ipynb #2885680c
 def blocks_of(
     net:nn.Module, # a network
 ) -> list[nn.Module]: # its blocks, in the order in which images pass them
@@ -20,7 +20,7 @@ def blocks_of(
         if alike and all(next(o.children(), None) is not None for o in net): return list(net)
     return [o for child in net.children() for o in blocks_of(child)]
 
-# %% ../../nbs/27c_models.tuning.ipynb #bc1c65f5
+# %% ../../nbs/27c_models.tuning.ipynb #b414144e
 def choose_trainable(
     net:nn.Module, # a network, changed in place
     trainable:int|str='all', # number of blocks at the end that learn, 0 for none, or 'all'
@@ -40,13 +40,13 @@ def choose_trainable(
         for p in own: p.requires_grad_(any(p is o for o in learns))
     return net
 
-# %% ../../nbs/27c_models.tuning.ipynb #d2dd8291
+# %% ../../nbs/27c_models.tuning.ipynb #93afd6bd
 def _last_layer(module):
     "The projection that an open_clip transformer holds as a parameter."
     proj = getattr(module, 'proj', None)
     return [proj] if isinstance(proj, nn.Parameter) else []
 
-# %% ../../nbs/27c_models.tuning.ipynb #0edaa8a9
+# %% ../../nbs/27c_models.tuning.ipynb #70a7e64c
 def keep_still(
     net:nn.Module, # a network, perhaps in training mode
 ) -> nn.Module: # the same network
