@@ -9,6 +9,7 @@ __all__ = ['FILES', 'evaluations_of', 'model_card', 'without_folders', 'share', 
 import logging, shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, ModelHubMixin, snapshot_download
 from omegaconf import OmegaConf
@@ -117,8 +118,8 @@ def _origin(method, licence, trained):
 
 # %% ../../nbs/78c_engine.share.ipynb #fb19280e
 def without_folders(
-    value, # text, numbers, lists and dicts of them
-): # the same, with paths cut to their last part
+    value:Any, # text, numbers, lists and dicts of them
+) -> Any: # the same, with paths cut to their last part
     "Settings without the folders of this machine."
     if isinstance(value, Mapping): return {k: without_folders(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [without_folders(o) for o in value]
