@@ -22,6 +22,7 @@ from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overw
 from .plugins import registry_of
 from .verbs import bench_app, config_app, data_app, weights_app
 from .verbs_codes import codes_app
+from .verbs_models import models_app
 from .verbs_pages import pages_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
@@ -30,7 +31,7 @@ app = typer.Typer(name='rsir', cls=VerbGroup, no_args_is_help=True, add_completi
                   help="Search satellite archives by image, across sensors.")
 groups = dict(data=data_app, codes=codes_app, weights=weights_app, config=config_app, bench=bench_app)
 for name, verbs in groups.items(): app.add_typer(verbs, name=name)
-app.registered_commands += pages_app.registered_commands
+app.registered_commands += [*pages_app.registered_commands, *models_app.registered_commands]
 
 # %% ../nbs/91_cli.ipynb #6a2d8b67
 def main(
@@ -212,10 +213,12 @@ def evaluate_command(
     run:RunFolder, # a run with hash heads, or without
     overrides:Overrides=[], # changes to the group `evaluate` # noqa: B006
     protocol:ProtocolName=None, # rules
+    by:Annotated[str, typer.Option(help="Also by this column of the archive's table.")]=None, # a column
     dry_run:DryRun=False, # only show the config
 ):
     "Score a run in every direction, beside its baselines."
     from rsir_nb.engine.classes import class_table
+    from rsir_nb.engine.domains import told_by
     from rsir_nb.engine.evaluate import evaluate
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
     cfg = run_config(run, changes, 'evaluate')
@@ -228,6 +231,7 @@ def evaluate_command(
         print(f"{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
     if found.about.get('classes'): print(f"\n{class_table(found.about['classes']).round(4).to_string()}")
+    if by: print(f"\nBy {by}:\n{told_by(run, by, found.about['protocol'])}")
     return found
 
 # %% ../nbs/91_cli.ipynb #18dc43df

@@ -10,7 +10,9 @@ from torch import nn
 
 from rsir_nb.core import BACKBONES, InputError, MissingFileError, UnknownNameError
 from rsir_nb.machine import declare_torchvision_ops
-from rsir_nb.models.backbones import IN_WEIGHTS, Backbone, make_backbone, remap_first_conv, timm_backbone
+from rsir_nb.models.backbones import Backbone, make_backbone, timm_backbone
+from rsir_nb.models.first_conv import IN_WEIGHTS, remap_first_conv
+from rsir_nb.models.tuning import blocks_of, choose_trainable, keep_still
 from rsir_nb.models.small import SmallBlock
 
 declare_torchvision_ops()
@@ -52,7 +54,8 @@ def test_every_entry_embeds_any_bands(spec, chans):
 
 
 def test_what_is_registered_is_built_by_the_test_above():
-    assert set(BACKBONES.list()) == {"resnet18", "resnet34", "resnet50", "small_resnet", "timm", "vit"}
+    ours = {"resnet18", "resnet34", "resnet50", "small_resnet", "timm", "vit"}
+    assert set(BACKBONES.list()) == ours | {"open_clip", "foundation", "shipped"} # of test_open_clip, test_pretrained
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
@@ -173,6 +176,48 @@ def test_without_loading_the_module_is_the_same_but_for_its_values(tmp_path):
 def test_weights_of_another_model_are_refused(made, asked, word, tmp_path):
     saved(made, tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="weights of another model.*" + word): timm_backbone(3, 64, asked, tmp_path / "w.safetensors")
+
+
+# own sizes, options, blocks -----------------------------------------------------------------------
+
+def test_without_a_size_it_is_that_of_the_model():
+    made = make_backbone(dict(name="timm", model="vit_tiny_patch16_384", options=dict(depth=1)), 3, None)
+    assert made.img_size == timm.get_pretrained_cfg("vit_tiny_patch16_384").input_size[-1] == 384
+    assert len(made.net.blocks) == 1 and made.about()["options"] == dict(depth=1)
+    with pytest.raises(InputError, match="no size of its own"): make_backbone("vit", 3, None)
+
+
+def test_options_keep_a_classifier_and_are_checked():
+    assert make_backbone(dict(name="timm", model="resnet18", options=dict(num_classes=7)), 3, 64).embed_dim == 7
+    with pytest.raises(InputError, match="no such option"): timm_backbone(3, 64, options=dict(depht=3))
+
+
+@pytest.mark.parametrize("spec,n", [("resnet18", 8), ("resnet50", 16), ("vit", 12), (SMALL, 1), (CONVNEXT, 4),
+                                    (dict(name="timm", model="vit_tiny_patch16_224"), 12), (dict(name="timm", model="swin_tiny_patch4_window7_224"), 4),
+                                    (dict(name="timm", model="tf_efficientnet_lite0"), 7), (dict(name="timm", model="eva02_tiny_patch14_224"), 12)], ids=str)
+def test_blocks_and_which_of_them_learn(spec, n):
+    size = 224 if "22" in str(spec) else 64
+    net = make_backbone(spec, 3, size)
+    assert len(blocks_of(net)) == n
+    before = {k for k, p in net.named_parameters() if p.requires_grad}
+    last = {id(p) for p in blocks_of(net)[-1].parameters()}
+    earlier = {id(p) for o in blocks_of(net)[:-1] for p in o.parameters()}
+    choose_trainable(net, 1)
+    learns = {k: p for k, p in net.named_parameters() if p.requires_grad}
+    assert set(learns) <= before and last & {id(p) for p in net.parameters()} <= {id(p) for p in learns.values()} | {id(p) for k, p in net.named_parameters() if k not in before}
+    assert not earlier & {id(p) for p in learns.values()}
+    assert {k for k, p in choose_trainable(make_backbone(spec, 3, size), "all").named_parameters() if p.requires_grad} == before
+    assert not any(p.requires_grad for p in choose_trainable(make_backbone(spec, 3, size), 0).parameters())
+    with pytest.raises(InputError, match=f"0 to {n} blocks"): choose_trainable(net, n + 1)
+
+
+def test_frozen_parts_keep_their_statistics():
+    net, x = keep_still(choose_trainable(make_backbone("resnet18", 3, 64), 2).train()), torch.randn(4, 3, 64, 64, generator=rng())
+    before = {k: v.clone() for k, v in net.named_buffers()}
+    net(x)
+    moved = {k.split(".")[1] for k, v in net.named_buffers() if not torch.equal(v, before[k])}
+    assert moved == {"layer4"}
+    assert not keep_still(choose_trainable(net, 0).train()).training
 
 
 # what is refused ----------------------------------------------------------------------------------

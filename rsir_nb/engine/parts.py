@@ -21,7 +21,7 @@ from ..data.augment import make_augment
 from ..data.base import Archive
 from ..data.samplers import make_sampler
 from ..methods.base import Method
-from ..methods.inputs import knows_bands
+from ..methods.inputs import knows_bands, make_sensors
 from ..methods.optim import OptimConfig
 from ..metrics.named import check_metrics, is_metric, make_metric
 from ..rundir import method_folder
@@ -151,7 +151,7 @@ def build_method(
     arguments = {**{k: v for k, v in derived.items() if k in legal},
                  **{k: v for k, v in kwargs.items() if v is not None or k not in derived}}
     fitted = _needs_fit(name, arguments, archive)
-    if fitted: arguments['norm'] = None
+    if fitted: arguments['norm'] = _no_norm(arguments.get('sensors', archive.sensors))
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         with _told(f"the method {name!r} cannot be built so", 'method'):
@@ -195,6 +195,10 @@ def _needs_fit(name, arguments, archive):
     if knows_bands(given, arguments.get('sensors', archive.sensors)): return False
     log.info("the table %r does not know all bands: method.norm=fit is used", given)
     return True
+
+def _no_norm(sensors):
+    "Statistics that change nothing, in place of those that are computed later."
+    return {m: dict.fromkeys(s.bands, (0., 1.)) for m, s in make_sensors(sensors).items()}
 
 def _fit_norm(method, train, n=2048):
     "Means and standard deviations of the training split."
