@@ -43,12 +43,22 @@ def convert_command(
 # %% ../nbs/90c_verbs.ipynb #2e848b4e
 @data_app.command('info')
 def info_command(
-    store:Annotated[Path, typer.Argument(help="A patch store.")], # what to describe
+    what:Annotated[str, typer.Argument(help="A patch store, or a data config, e.g. image_list.")], # which
+    overrides:Overrides=[], # changes to a data config # noqa: B006
 ):
-    "Describe a patch store."
+    "Describe an archive: sensors, splits, classes."
+    from rsir_nb.config import list_configs, load_config
     from rsir_nb.data.store import PatchStore
-    archive = PatchStore(store)
+    from rsir_nb.engine.parts import build_archive
+    packaged, path = list_configs('data'), Path(what)
+    named = not path.is_dir() and (what in packaged or path.suffix in ('.yaml', '.yml'))
+    if overrides and not named: raise InputError(f"{what} takes no changes", found=' '.join(overrides),
+                                                 wanted=f"a data config: {', '.join(packaged)}")
+    if named: archive = build_archive(load_config('base', [f'data={what}', *overrides]).data)
+    else: archive = PatchStore(path)
     print(archive._repr_markdown_())
+    counts = archive.known_labels and archive.class_counts()
+    if counts is not None and len(counts): print(f"| patches of a class | {counts.min():,} to {counts.max():,} |")
     return archive
 
 # %% ../nbs/90c_verbs.ipynb #8a8d0ca8

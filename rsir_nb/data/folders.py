@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 from typing import Literal, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,10 +18,10 @@ from ..core import DATASETS, InputError, unknown_name
 from .base import Archive
 from .classes import Vocab
 from .files import SkipList, date_in_name, find_files
-from .images import ImageFiles, keep_usable
+from .images import ImageFiles, image_places, keep_usable
 from .pairing import match_files
-from .rasters import footprints
 from .split_lists import split_by_place
+from .splits import multilabel_split
 from ..sensors import Sensor, sensor_map
 
 # %% ../../nbs/17_data.folders.ipynb #1d5f4724
@@ -31,20 +30,12 @@ _IMAGES = '.jpg', '.jpeg', '.png', '.tif', '.tiff'
 # %% ../../nbs/17_data.folders.ipynb #e8259a01
 log = logging.getLogger(__name__)
 
-def _places(infos, files):
-    "crs and geometry of the files that have them; `files` says which part of each is used."
-    out = pd.DataFrame(dict(crs=[info.crs for info in infos], geometry=None), dtype=object)
-    for crs, part in out.dropna(subset='crs').groupby('crs'):
-        corners = np.stack([infos[i].corners(*files.part(infos[i])) for i in part.index])
-        out.loc[part.index, 'geometry'] = pd.Series(footprints(corners, crs), part.index, dtype=object)
-    return out
-
 def _table_of(infos, root, files):
     "The table of images in class folders."
     table = pd.DataFrame(dict(id=[p.relative_to(root).with_suffix('').as_posix() for p in infos],
                               labels=[[p.parent.name] for p in infos], source=list(map(str, infos)),
                               date=[date_in_name(p.stem) for p in infos], sensor=files.sensor.name))
-    return table.join(_places(list(infos.values()), files))
+    return table.join(image_places(list(infos.values()), files))
 
 def _classes_of(paths, infos):
     "The names of the folders; a warning where all the images of one are left out."
@@ -67,6 +58,8 @@ class ClassFolders(Archive):
         offset:float|None=None, # to the unit: added after it
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        split:Mapping[str, float]|None=None, # split -> its part of every class; none by default
+        seed:int=0, # chooses the images of the splits
         check:bool=False, # read every image once in the beginning
         on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad images, see `SkipList`
     ):
@@ -80,8 +73,9 @@ class ClassFolders(Archive):
         infos = keep_usable(infos, self.files, skips, str(root), len(paths))
         self.modality, self.skipped = modality or self.files.sensor.name, skips.table
         self.reading, names = {self.modality: self.files.reading}, _classes_of(paths, infos)
-        super().__init__(_table_of(infos, root, self.files), {self.modality: self.files.sensor},
-                         Vocab(classes or names))
+        table = _table_of(infos, root, self.files)
+        if split is not None: table['split'] = multilabel_split(table, 'labels', split, seed)
+        super().__init__(table, {self.modality: self.files.sensor}, Vocab(classes or names))
 
     def read(self, i:int) -> dict[str, Tensor]:
         return {self.modality: self.files.read(self.table['source'].array[i])}
@@ -136,7 +130,7 @@ def _table_of_pairs(infos, files):
                               source=[info.path for _, info in firsts]))
     if any(len(have) < len(files) for have in infos.values()):
         table['modalities'] = [list(have) for have in infos.values()]
-    return table.join(_places([info for _, info in firsts], next(iter(files.values()))))
+    return table.join(image_places([info for _, info in firsts], next(iter(files.values()))))
 
 # %% ../../nbs/17_data.folders.ipynb #6d0b1fa9
 def _by_stem(home): return {path: path.stem for path in find_files(home, _IMAGES)}
