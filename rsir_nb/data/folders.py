@@ -58,12 +58,14 @@ class ClassFolders(Archive):
         offset:float|None=None, # to the unit: added after it
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        grey:bool=False, # whether a grey picture is taken for each colour
         split:Mapping[str, float]|None=None, # split -> its part of every class; none by default
         seed:int=0, # chooses the images of the splits
         check:bool=False, # read every image once in the beginning
         on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad images, see `SkipList`
     ):
-        self.files, skips = ImageFiles(sensor, bands, scale, offset, img_size, fit), SkipList(on_error)
+        self.files = ImageFiles(sensor, bands, scale, offset, img_size, fit, grey=grey)
+        skips = SkipList(on_error)
         paths = [p for p in find_files(root, _IMAGES) if classes is None or p.parent.name in classes]
         infos = {}
         for path in tqdm(paths, desc='images', disable=len(paths) < 10_000):
@@ -155,6 +157,7 @@ class PairedFolders(Archive):
         offset:Mapping[str, float]|None=None, # modality -> to the unit
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        grey:bool=False, # whether a grey picture is taken for each colour of a camera
         pattern:str|None=None, # of paths from `root`, see `match_files`; one folder per sensor by default
         tokens:Mapping[str, str]|None=None, # modality -> the word for `{sensor}`; the modality by default
         split:Mapping[str, float]|None=None, # split -> its part, divided by `{place}`; none by default
@@ -165,7 +168,8 @@ class PairedFolders(Archive):
     ):
         sensors, skips = sensor_map(sensors), SkipList(on_error)
         of = _by_modality(sensors, folders=folders, tokens=tokens, bands=bands, scale=scale, offset=offset)
-        self.files = {m: ImageFiles(sensor, of(m, 'bands'), of(m, 'scale'), of(m, 'offset'), img_size, fit)
+        self.files = {m: ImageFiles(sensor, of(m, 'bands'), of(m, 'scale'), of(m, 'offset'), img_size, fit,
+                                     grey=grey)
                       for m, sensor in sensors.items()}
         homes = {m: Path(root, of(m, 'folders') or m) for m in sensors}
         if pattern is None: paths, places = {m: _by_stem(o) for m, o in homes.items()}, {}

@@ -157,10 +157,12 @@ class ImageList(Archive):
         offset:float|None=None, # to the unit: added after it
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        grey:bool=False, # whether a grey picture is taken for each colour
         look:Literal['files', 'headers', 'pixels']='headers', # what is looked at in the beginning
         on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad images, see `SkipList`
     ):
-        self.files, skips = ImageFiles(sensor, bands, scale, offset, img_size, fit), SkipList(on_error)
+        self.files = ImageFiles(sensor, bands, scale, offset, img_size, fit, grey=grey)
+        skips = SkipList(on_error)
         if look not in _LOOKS: raise unknown_name('way to look at images', look, _LOOKS)
         if look == 'files' and img_size is None:
             raise InputError("images that are not looked at may differ in size", wanted="img_size")

@@ -154,7 +154,7 @@ def ask_file(self:Asker,
     if source not in legal: raise unknown_name('sensor of this method', source, legal[1:])
     check_arguments(scenes.read_patch_file, file, 'a query file')
     for m in self.method.joint.get(source, [source] if source else sensors):
-        told = {**self.store.provenance.get('reading', {}).get(m, {}), 'fit': None, **file}
+        told = {'fit': None, **self.store.provenance.get('reading', {}).get(m, {}), **file}
         try: x = scenes.read_patch_file(path, sensors[m], self.method.img_size, ground=self.ground, **told)
         except InputError as e: errors.append(e)
         else: return self.ask_array(x, source or m, path.name)
