@@ -90,8 +90,8 @@ def describe_export(
     order = [sensor.bands[i] for i in method.inputs.orders[modality]]
     seen = dict(statistics=told['norm_stats'][modality], order=order, transpose=method.inputs.transpose,
                 resampled_to=getattr(method, 'input_size', None))
-    return dict(format=EXPORT_FORMAT, method=told['method'], weights_hash=method.weights_hash, modality=modality,
-                sensor=sensor.to_dict(), img_size=size, dtype=dtype, embed_dim=wide,
+    return dict(format=EXPORT_FORMAT, method=told['method'], weights_hash=method.weights_hash,
+                modality=modality, sensor=sensor.to_dict(), img_size=size, dtype=dtype, embed_dim=wide,
                 n_bits=method.heads.n_bits if codes else None, distance=method.distance, preprocessing=seen,
                 arguments=arguments, versions=versions())
 

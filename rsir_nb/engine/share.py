@@ -172,11 +172,11 @@ class SharedMethod(ModelHubMixin, library_name='rsir_nb', repo_url='https://gith
 
     @classmethod
     def _from_pretrained(cls, *, model_id, device='cpu', **options):
-        folder = Path(model_id)
-        if not folder.is_dir(): folder = snapshot_download(str(model_id), allow_patterns=SHARED_FILES, **options)
-        return cls(folder, device)
+        if Path(model_id).is_dir(): return cls(model_id, device)
+        return cls(snapshot_download(str(model_id), allow_patterns=SHARED_FILES, **options), device)
 
-SHARED_FILES = ['method.json', 'model.safetensors', 'config.json', 'README.md', 'training.yaml', 'scores_*.csv']
+SHARED_FILES = ['method.json', 'model.safetensors', 'config.json', 'README.md', 'training.yaml',
+                'scores_*.csv']
 
 def load_shared(
     name:str|Path, # a shared folder, or 'owner/name' of a repository on the Hugging Face hub
