@@ -64,7 +64,8 @@ def _fail(message, status):
 KINDS = dict(datasets='dataset', methods='method', backbones='backbone', necks='neck', losses='loss',
              fusions='fusion', pair_encoders='pair encoder', miners='miner',
              samplers='sampler', augmentations='augmentation', optimisers='optimiser',
-             schedules='schedule', distances='distance', metrics='metric', indexes='index')
+             schedules='schedule', distances='distance', metrics='metric', indexes='index',
+             callbacks='callback')
 FACTS = 'sensors', 'losses', 'schemes', 'source', 'paper', 'licence'
 MORE = dict(optimisers="and any name of timm's factory, e.g. lamb, lion or adopt")
 
@@ -216,6 +217,7 @@ def evaluate_command(
     dry_run:DryRun=False, # only show the config
 ):
     "Score a run in every direction, beside its baselines."
+    from rsir_nb.engine.classes import class_table
     from rsir_nb.engine.domains import told_by
     from rsir_nb.engine.evaluate import evaluate
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
@@ -228,6 +230,7 @@ def evaluate_command(
         print("The other sensor's image of the same patch:")
         print(f"{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
+    if found.about.get('classes'): print(f"\n{class_table(found.about['classes']).round(4).to_string()}")
     if by: print(f"\nBy {by}:\n{told_by(run, by, found.about['protocol'])}")
     return found
 
@@ -314,12 +317,13 @@ def duplicates_command(
 # %% ../nbs/91_cli.ipynb #5e21269a
 @app.command('demo')
 def demo_command(
-    overrides:Overrides=[], # changes to the config `demo` # noqa: B006
+    overrides:Overrides=[], # changes to the config `demo` or `demo_real` # noqa: B006
+    real:Annotated[bool, typer.Option('--real', help="Real images, the network that ships.")]=False, # which
     dry_run:DryRun=False, # only show the config
 ):
-    "The whole system on a synthetic archive, in minutes."
+    "The whole system on a synthetic archive, in minutes; with --real on 600 satellite images, in one."
     from rsir_nb.config import load_config
     from rsir_nb.engine.stages import demo
-    cfg = load_config('demo', overrides)
+    cfg = load_config('demo_real' if real else 'demo', overrides)
     if shown(cfg, dry_run): return
     return demo(cfg)

@@ -13,6 +13,7 @@ from rsir_nb.machine import declare_torchvision_ops
 from rsir_nb.models.backbones import Backbone, make_backbone, timm_backbone
 from rsir_nb.models.first_conv import IN_WEIGHTS, remap_first_conv
 from rsir_nb.models.tuning import blocks_of, choose_trainable, keep_still
+from rsir_nb.models.small import SmallBlock
 
 declare_torchvision_ops()
 import timm  # noqa: E402
@@ -38,7 +39,7 @@ def test_importing_the_page_does_not_import_timm():
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("spec", ["resnet18", "resnet34", "resnet50", "vit", SMALL, CONVNEXT,
+@pytest.mark.parametrize("spec", ["resnet18", "resnet34", "resnet50", "small_resnet", "vit", SMALL, CONVNEXT,
                                   dict(name="timm", model="vit_tiny_patch16_224")], ids=str)
 @pytest.mark.parametrize("chans", [1, 3, 10])
 def test_every_entry_embeds_any_bands(spec, chans):
@@ -53,8 +54,8 @@ def test_every_entry_embeds_any_bands(spec, chans):
 
 
 def test_what_is_registered_is_built_by_the_test_above():
-    ours = {"resnet18", "resnet34", "resnet50", "timm", "vit"}
-    assert set(BACKBONES.list()) == ours | {"open_clip", "foundation"}      # the others: test_open_clip
+    ours = {"resnet18", "resnet34", "resnet50", "small_resnet", "timm", "vit"}
+    assert set(BACKBONES.list()) == ours | {"open_clip", "foundation", "shipped"} # of test_open_clip, test_pretrained
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
@@ -266,3 +267,28 @@ def test_any_module_with_a_width_is_a_backbone(monkeypatch):
     made = make_backbone(dict(name="means", width=6), 4, 32)
     assert isinstance(made, Backbone) and made(torch.zeros(2, 4, 32, 32)).shape == (2, 6)
     assert made.mean == (0.5,) * 4 and made.std is None and made.about()["name"] == "means"
+
+
+# a small ResNet -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n_in,n_out,stride", [(8, 8, 1), (8, 16, 1), (8, 16, 2)])
+def test_a_small_block_is_timms_basic_block(n_in, n_out, stride):
+    from timm.models.resnet import BasicBlock, downsample_avg
+    torch.manual_seed(0)
+    ours = SmallBlock(n_in, n_out, stride)
+    with torch.no_grad(): ours.body[-1][-1].weight.normal_()
+    other = None if n_in == n_out and stride == 1 else downsample_avg(n_in, n_out, 1, stride=stride)
+    theirs = BasicBlock(n_in, n_out, stride=stride, downsample=other)
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.randn(3, n_in, 11, 11)
+    for mode in (True, False): torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x))
+
+
+def test_a_small_resnet_embeds_images_of_any_size_as_it_embeds_them_alone():
+    encoder = make_backbone(dict(name="small_resnet", widths=[8, 16], blocks=[1, 2], stem=4), 3, 64).eval()
+    x = torch.randn(4, 3, 40, 52, generator=rng())
+    with torch.no_grad(): z = encoder(x)
+    assert z.shape == (4, 16) and sum(isinstance(o, SmallBlock) for o in encoder.modules()) == 3
+    with torch.no_grad(): torch.testing.assert_close(encoder(x.contiguous(memory_format=torch.channels_last)), z)
+    for bad in (dict(widths=[]), dict(widths=[8], blocks=[1, 1]), dict(widths=[8, 0]), dict(stem=0), dict(blocks=0)):
+        with pytest.raises(InputError, match="make no ResNet"): make_backbone(dict(name="small_resnet", **bad), 3, 64)

@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 from typing import Literal, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,10 +18,10 @@ from ..core import DATASETS, InputError, unknown_name
 from .base import Archive
 from .classes import Vocab
 from .files import SkipList, date_in_name, find_files
-from .images import ImageFiles, keep_usable
+from .images import ImageFiles, image_places, keep_usable
 from .pairing import match_files
-from .rasters import footprints
 from .split_lists import split_by_place
+from .splits import multilabel_split
 from ..sensors import Sensor, sensor_map
 
 # %% ../../nbs/17_data.folders.ipynb #1d5f4724
@@ -31,20 +30,12 @@ _IMAGES = '.jpg', '.jpeg', '.png', '.tif', '.tiff'
 # %% ../../nbs/17_data.folders.ipynb #e8259a01
 log = logging.getLogger(__name__)
 
-def _places(infos, files):
-    "crs and geometry of the files that have them; `files` says which part of each is used."
-    out = pd.DataFrame(dict(crs=[info.crs for info in infos], geometry=None), dtype=object)
-    for crs, part in out.dropna(subset='crs').groupby('crs'):
-        corners = np.stack([infos[i].corners(*files.part(infos[i])) for i in part.index])
-        out.loc[part.index, 'geometry'] = pd.Series(footprints(corners, crs), part.index, dtype=object)
-    return out
-
 def _table_of(infos, root, files):
     "The table of images in class folders."
     table = pd.DataFrame(dict(id=[p.relative_to(root).with_suffix('').as_posix() for p in infos],
                               labels=[[p.parent.name] for p in infos], source=list(map(str, infos)),
                               date=[date_in_name(p.stem) for p in infos], sensor=files.sensor.name))
-    return table.join(_places(list(infos.values()), files))
+    return table.join(image_places(list(infos.values()), files))
 
 def _classes_of(paths, infos):
     "The names of the folders; a warning where all the images of one are left out."
@@ -67,10 +58,14 @@ class ClassFolders(Archive):
         offset:float|None=None, # to the unit: added after it
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        grey:bool=False, # whether a grey picture is taken for each colour
+        split:Mapping[str, float]|None=None, # split -> its part of every class; none by default
+        seed:int=0, # chooses the images of the splits
         check:bool=False, # read every image once in the beginning
         on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad images, see `SkipList`
     ):
-        self.files, skips = ImageFiles(sensor, bands, scale, offset, img_size, fit), SkipList(on_error)
+        self.files = ImageFiles(sensor, bands, scale, offset, img_size, fit, grey=grey)
+        skips = SkipList(on_error)
         paths = [p for p in find_files(root, _IMAGES) if classes is None or p.parent.name in classes]
         infos = {}
         for path in tqdm(paths, desc='images', disable=len(paths) < 10_000):
@@ -80,8 +75,9 @@ class ClassFolders(Archive):
         infos = keep_usable(infos, self.files, skips, str(root), len(paths))
         self.modality, self.skipped = modality or self.files.sensor.name, skips.table
         self.reading, names = {self.modality: self.files.reading}, _classes_of(paths, infos)
-        super().__init__(_table_of(infos, root, self.files), {self.modality: self.files.sensor},
-                         Vocab(classes or names))
+        table = _table_of(infos, root, self.files)
+        if split is not None: table['split'] = multilabel_split(table, 'labels', split, seed)
+        super().__init__(table, {self.modality: self.files.sensor}, Vocab(classes or names))
 
     def read(self, i:int) -> dict[str, Tensor]:
         return {self.modality: self.files.read(self.table['source'].array[i])}
@@ -98,12 +94,15 @@ def _must_meet(name, infos):
 
 def _names(found, only_complete):
     "The file names of all sensors; with `only_complete` those that every sensor has."
-    every = [set(infos) for infos in found.values()]
-    if not only_complete: return sorted(set.union(*every))
-    names = set.intersection(*every)
+    every, whole = [set(infos) for infos in found.values()], set().union(*found.values())
+    names = set.intersection(*every) if only_complete else whole
+    some = '; '.join(f"{m}: {', '.join(sorted(o)[:2])}, ..." for m, o in found.items())
+    if len(every) > 1 and len(whole) == sum(map(len, every)) and not only_complete:
+        log.warning("no file name is in two of the folders, so there are no pairs: %s", some)
     if names: return sorted(names)
-    raise InputError("no file name is in all the folders", wanted="the same name for the same place",
-                     found='; '.join(f"{m}: {', '.join(sorted(o)[:2])}, ..." for m, o in found.items()))
+    raise InputError("no file name is in all the folders", found=some,
+                     wanted="the same name for the same place",
+                     remedy="pair names that differ by data.pattern and data.tokens")
 
 def _pairs(found, only_complete, skips):
     "file name -> modality -> what the file says, from modality -> file name -> the same."
@@ -136,10 +135,18 @@ def _table_of_pairs(infos, files):
                               source=[info.path for _, info in firsts]))
     if any(len(have) < len(files) for have in infos.values()):
         table['modalities'] = [list(have) for have in infos.values()]
-    return table.join(_places([info for _, info in firsts], next(iter(files.values()))))
+    return table.join(image_places([info for _, info in firsts], next(iter(files.values()))))
 
 # %% ../../nbs/17_data.folders.ipynb #6d0b1fa9
-def _by_stem(home): return {path: path.stem for path in find_files(home, _IMAGES)}
+def _by_stem(home):
+    "Image file -> its name without ending; two files of one name raise."
+    found = {}
+    for path in find_files(home, _IMAGES):
+        other = found.setdefault(path.stem, path)
+        if other != path: raise InputError(f"two files in {home} have the name {path.stem}",
+            found=f"{other} and {path}", wanted="one file per place",
+            remedy="take one of them away, or tell them apart by data.pattern")
+    return {path: name for name, path in found.items()}
 
 def _with_places(table, places, split, seed):
     "The table with the places that a pattern found, and with splits of them; a pair without one is its own."
@@ -161,6 +168,7 @@ class PairedFolders(Archive):
         offset:Mapping[str, float]|None=None, # modality -> to the unit
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        grey:bool=False, # whether a grey picture is taken for each colour of a camera
         pattern:str|None=None, # of paths from `root`, see `match_files`; one folder per sensor by default
         tokens:Mapping[str, str]|None=None, # modality -> the word for `{sensor}`; the modality by default
         split:Mapping[str, float]|None=None, # split -> its part, divided by `{place}`; none by default
@@ -171,7 +179,8 @@ class PairedFolders(Archive):
     ):
         sensors, skips = sensor_map(sensors), SkipList(on_error)
         of = _by_modality(sensors, folders=folders, tokens=tokens, bands=bands, scale=scale, offset=offset)
-        self.files = {m: ImageFiles(sensor, of(m, 'bands'), of(m, 'scale'), of(m, 'offset'), img_size, fit)
+        self.files = {m: ImageFiles(sensor, of(m, 'bands'), of(m, 'scale'), of(m, 'offset'), img_size, fit,
+                                     grey=grey)
                       for m, sensor in sensors.items()}
         homes = {m: Path(root, of(m, 'folders') or m) for m in sensors}
         if pattern is None: paths, places = {m: _by_stem(o) for m, o in homes.items()}, {}
@@ -184,12 +193,9 @@ class PairedFolders(Archive):
         super().__init__(_with_places(table, places, split, seed), sensors)
 
     def _look(self, modality, what, paths, check, skips):
-        files, infos, names = self.files[modality], {}, set()
-        for path, name in tqdm(paths.items(), desc=modality, disable=len(paths) < 10_000):
-            with skips.guard(path):
-                if name in names: raise InputError(f"{what} has the name {name} twice", found=path)
-                infos[path] = files.look(path, check)
-                names.add(name)
+        files, infos = self.files[modality], {}
+        for path in tqdm(paths, desc=modality, disable=len(paths) < 10_000):
+            with skips.guard(path): infos[path] = files.look(path, check)
         infos = keep_usable(infos, files, skips, what, len(paths))
         return {paths[path]: info for path, info in infos.items()}
 

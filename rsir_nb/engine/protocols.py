@@ -177,6 +177,14 @@ class System:
         "Length of a code; 0 for what is no code."
         return self.store.n_bits if self.kind == 'binary' else 0
 
+    def compares(self,
+        d:Direction, # e.g. from s1 to s2
+    ) -> bool: # True within a sensor
+        "Whether queries and items of a direction can be compared."
+        if d.source == d.target or self.kind == 'random': return True
+        z = self.store.codes if self.kind == 'binary' else self.store.embeddings
+        return self.across and z[d.source].shape[1] == z[d.target].shape[1]
+
     def vectors(self,
         sensor:str, # e.g. 's1'
         rows:np.ndarray, # row numbers of the store, (n,)

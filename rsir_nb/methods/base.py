@@ -52,6 +52,7 @@ class Method(Trainable):
     frozen = () # parts that never learn, likewise; `features` uses no others
     sampler = None # how batches are drawn unless the config says: a name of `SAMPLERS`, or dict(name=, ...)
     from_images = () # fusions of `joint` that are computed from images, not from the sensors' embeddings
+    classifies = False # whether it has a classifier: `predict_classes`, embeddings to probabilities (B,L)
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
