@@ -18,6 +18,7 @@ from rsir_nb.data.transforms import AUGMENTATIONS, random_resized_crop
 pytestmark = pytest.mark.filterwarnings("ignore")
 GEOMETRIC = ["flips", "rotate90", "crop", "window", "erase", "blur_and_turn"]
 VALUES = ["jitter", "noise", "blur", "drop_bands"]
+PHOTOS = ["resized_crop", "colour_jitter", "openai_clip", "openclip", "eva_clip", "siglip", "custom"] # of test_photo_views
 
 
 def rng(seed=0): return np.random.default_rng(seed)
@@ -29,7 +30,7 @@ def make(n=6, size=16):
     return dict(id=[str(i) for i in range(n)], s1=(x - 12) * torch.ones(2, 1, 1), s2=300 * x * scale + 2000, row=torch.arange(n), labels=torch.eye(n))
 
 
-def test_all_are_tested(): assert sorted(AUGMENTATIONS.list()) == sorted(GEOMETRIC + VALUES)
+def test_all_are_tested(): assert sorted(AUGMENTATIONS.list()) == sorted(GEOMETRIC + VALUES + PHOTOS)
 
 
 @pytest.mark.parametrize("name", GEOMETRIC + VALUES)
