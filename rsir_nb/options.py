@@ -38,16 +38,17 @@ _of_file = partial(typer.Option, rich_help_panel="How a query file is read; as t
 
 def file_options(
     bands:Annotated[str, _of_file(help="Names of its bands: B04,B03,B02,B08.")]=None, # in their order
-    fit:Annotated[str, _of_file(help="Of another size: centre or resample.")]=None, # what to do with it
-    scale:Annotated[str, _of_file(help="A factor, linear, amplitude or fraction.")]=None, # to the unit
+    fit:Annotated[str, _of_file(help="Other sizes: centre, resample, short_side, stretch.")]=None, # how
+    scale:Annotated[str, _of_file(help="A factor, linear, amplitude, fraction, 16-bit.")]=None, # to the unit
     offset:Annotated[float, _of_file(help="Added after --scale.")]=None, # to the unit
+    grey:Annotated[bool, _of_file('--grey', help="Take a grey picture for each colour.")]=None, # if it is one
 ) -> dict: # as `Retriever.query` takes them
     "How a query file is read, as far as the command line says."
-    named = 'linear', 'amplitude', 'fraction'
+    named = 'linear', 'amplitude', 'fraction', '16-bit'
     if scale is not None and scale not in named:
         try: scale = float(scale)
         except ValueError as e: raise unknown_name('scale (or number)', scale, named) from e
-    told = dict(bands=bands and bands.split(','), fit=fit, scale=scale, offset=offset)
+    told = dict(bands=bands and bands.split(','), fit=fit, scale=scale, offset=offset, grey=grey)
     return {k: v for k, v in told.items() if v is not None}
 
 # %% ../nbs/90b_options.ipynb #69f07892

@@ -43,13 +43,29 @@ def convert_command(
 # %% ../nbs/90c_verbs.ipynb #2e848b4e
 @data_app.command('info')
 def info_command(
-    store:Annotated[Path, typer.Argument(help="A patch store.")], # what to describe
+    what:Annotated[str, typer.Argument(help="A patch store, or a config: image_list, my.yaml.")], # which
+    overrides:Overrides=[], # changes to a config # noqa: B006
 ):
-    "Describe a patch store."
+    "Describe an archive: sensors, splits, classes."
     from rsir_nb.data.store import PatchStore
-    archive = PatchStore(store)
+    from rsir_nb.engine.parts import build_archive
+    cfg = _config_of(what, overrides)
+    archive = PatchStore(what) if cfg is None else build_archive(cfg.data)
     print(archive._repr_markdown_())
+    counts = [] if archive.known_labels is None else archive.class_counts()
+    if len(counts): print(f"| patches per class | {min(counts):,} to {max(counts):,} |")
     return archive
+
+def _config_of(what, overrides):
+    "The config that is meant; None for a folder."
+    from rsir_nb.config import list_configs, load_config
+    from rsir_nb.core import DATASETS, unknown_name
+    path, names = Path(what), {*list_configs('data'), *DATASETS.list()}
+    if path.suffix in ('.yaml', '.yml'): return load_config(path, overrides)
+    if not path.is_dir():
+        if what not in names: raise unknown_name('patch store or data config', what, names)
+        return load_config('base', [f'data={what}', *overrides])
+    if overrides: raise InputError(f"{what} is a folder, which takes no changes", found=overrides[0])
 
 # %% ../nbs/90c_verbs.ipynb #8a8d0ca8
 @data_app.command('verify')

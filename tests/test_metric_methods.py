@@ -132,6 +132,40 @@ def test_images_that_share_nothing_cost_nothing_that_is_nan(tmp_path, name):
         assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_that_is_no_number_stops_the_training_with_its_id(tmp_path, name):
+    cfg = config(tmp_path/"run", name)
+    archive = build_archive(cfg.data)
+    method, batch = build_method(cfg, archive), batch_of(archive)
+    method.start_training(archive)
+    method.start_epoch(0)
+    batch["s2"] = batch["s2"].index_fill(0, torch.tensor([5]), float("nan"))
+    with pytest.raises(InputError, match=rf"no numbers; found {batch['id'][5]};"): method.losses(batch, torch.Generator())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_that_tell_nothing_apart_are_refused(tmp_path, name, caplog):
+    cfg = config(tmp_path/"run", name)
+    archive = build_archive(cfg.data)
+    method, first = build_method(cfg, archive), int(archive.class_counts().argmax())
+    alone = archive.subset(np.flatnonzero((archive.labels[:, first] == 1) & (archive.labels.sum(1) == 1)))
+    assert len(alone) > 1
+    with pytest.raises(InputError, match=f"two classes or more; found {archive.vocab.names[first]} alone"): method.start_training(alone)
+    none = archive.subset(range(8))
+    none.table["labels"] = [[] for _ in range(8)]
+    with pytest.raises(InputError, match="no image with a label"): method.start_training(none)
+
+
+def test_a_class_with_one_image_is_named(tmp_path, caplog):
+    cfg = config(tmp_path/"run", "margin")
+    archive = build_archive(cfg.data)
+    counts = archive.class_counts()
+    rare = int(np.flatnonzero(counts > 0)[0])
+    rows = np.r_[np.flatnonzero(archive.labels[:, rare])[:1], np.flatnonzero(archive.labels[:, rare] == 0)]
+    build_method(cfg, archive).start_training(archive.subset(rows))
+    assert f"have a single image, which is a positive of none: {archive.vocab.names[rare]}" in caplog.text
+
+
 # ---- what they have in common
 
 def test_a_frozen_backbone_stays(tmp_path):
@@ -141,6 +175,32 @@ def test_a_frozen_backbone_stays(tmp_path):
     for k, v in fresh.named_parameters(): same[k.split(".")[0]] &= torch.equal(v, trained.get_parameter(k))
     assert same == dict(backbones=True, necks=False, loss=False)
     assert not trained.train().backbones.training and trained.necks.training
+
+
+@pytest.mark.parametrize("name", [o for o in NAMES if o != "diva"])
+def test_features_of_a_frozen_backbone_are_computed_once(tmp_path, name):
+    import tiny_plugin
+    frozen = ["method.freeze=true", "trainer.augment=false", "method.dropout=0"]
+    before = tiny_plugin.reads
+    run = pretrain(config(tmp_path/"cached", name, *frozen), progress=False)
+    reads = tiny_plugin.reads - before
+    n = len(build_archive(config(run, name).data).split("train"))
+    assert n <= reads < 2*n + 8
+    whole = pretrain(config(tmp_path/"whole", name, *frozen, "trainer.cache=false"), progress=False)
+    assert tiny_plugin.reads - before - reads > 3*n - 8
+    a, b = (read_history(o)["loss"].to_numpy() for o in (run, whole))
+    np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02)        # features are kept in float16
+    x = next(iter(build_archive(config(run, name).data).split("test")))["s2"][None]
+    torch.testing.assert_close(load_method(run).embed(x, "s2"), load_method(whole).embed(x, "s2"), rtol=0.05, atol=0.02)
+
+
+def test_frozen_diva_looks_at_images_and_keeps_its_backbone(tmp_path):
+    cfg = config(tmp_path/"run", "diva", "method.freeze=true")
+    fresh, trained = build_method(cfg, build_archive(cfg.data)), load_method(pretrain(cfg, progress=False))
+    assert not (tmp_path/"run"/"features").exists() and not trained.train().backbones.training
+    own = dict(trained.backbones.named_parameters())
+    assert all(torch.equal(v, own[k]) for k, v in fresh.backbones.named_parameters())
+    assert any(not torch.equal(v, dict(trained.necks.named_parameters())[k]) for k, v in fresh.necks.named_parameters())
 
 
 def test_weights_are_read_once(tmp_path):

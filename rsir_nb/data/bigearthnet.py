@@ -95,6 +95,16 @@ def _labelled(table, vocab, skips):
     labels = pd.Series(list(good.values()), dtype=object).array
     return table.drop(columns='classes').iloc[list(good)].assign(labels=labels).reset_index(drop=True)
 
+def _present(table, vocab):
+    "The table and vocabulary with the classes alone that some patch has, in every split that there is."
+    known = table.dropna(subset='labels')
+    parts = [o for _, o in known.groupby('split')] if 'split' in known else []
+    names = set.intersection(*({o for row in part['labels'] for o in row} for part in parts or [known]))
+    if not names: raise InputError("no class is in all splits", found=f"{len(known)} labelled patches")
+    left = [row and [o for o in row if o in names] for row in table['labels']]
+    left = pd.Series(left, table.index, dtype=object)
+    return table.assign(labels=left), Vocab(o for o in vocab if o in names)
+
 # %% ../../nbs/14_data.bigearthnet.ipynb #40f17813
 def sensor_rows(
     names:Sequence[str], # patch names, N
@@ -204,6 +214,7 @@ class BigEarthNet(Archive):
     def __init__(self,
         sensors:Sequence[str]|Mapping[str, str|Sensor]=('s1', 's2'), # by name, or modality -> sensor
         vocab:int|str|Vocab=19, # 19 or 43, with '_original' for the authors' order, see `get_vocab`
+        present_only:bool=False, # leave out classes that no patch has, or none in one of the splits
         img_size:int=120, # pixels a side of all bands
         resampling:str='bicubic', # of 20 and 60 m bands, see `to_grid`
         align_corners:bool=True, # see `to_grid`
@@ -223,6 +234,7 @@ class BigEarthNet(Archive):
         table = _labelled(table, vocab, skips).assign(source=self.path)
         bad = sum(not Path(row['source']).suffix for row in skips.rows)    # patches, not lists of patches
         if split_dir is not None and len(table): table = _split(table, split_dir, skips)
+        if present_only and len(table): table, vocab = _present(table, vocab)
         skips.settle(self.path, len(table), len(table) + bad, 'patches')
         self.homes = {o: table.pop(f'{o}_key').tolist() for o in ('s1', 's2')}
         if self.by_sensor: table = _with_modalities(table, sensors, self.homes)

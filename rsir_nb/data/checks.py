@@ -84,11 +84,12 @@ def _wrong_unit(x, unit):
         if low < -100 or high > 100: return f"{span}, a nodata mark or other scale", want, "mask or rescale"
     if unit == 'DN':
         want = "reflectance x 10000"
-        if high <= 2: return f"{span}, reflectance as a fraction", want, "multiply by 10000"
+        if high <= 2: return f"{span}, reflectance as a fraction", want, "multiply by 10000: scale=fraction"
         if low < -5000 or high > 70000: return f"{span}, nodata or another scale", want, "mask or rescale"
     if unit == 'byte':
         want = "brightness 0..255"
-        if 0 <= low and high <= 1: return f"{span}, brightness as a fraction", want, "multiply by 255"
+        if 0 <= low and high <= 1:
+            return f"{span}, brightness as a fraction", want, "multiply by 255: scale=255"
         if low < -64 or high > 320 or high <= 1:
             return span, want, "choose a sensor of another unit, e.g. unit: dB for radar, or rescale"
     return None

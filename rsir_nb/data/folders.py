@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 from typing import Literal, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,10 +18,10 @@ from ..core import DATASETS, InputError, unknown_name
 from .base import Archive
 from .classes import Vocab
 from .files import SkipList, date_in_name, find_files
-from .images import ImageFiles, keep_usable
+from .images import ImageFiles, image_places, keep_usable
 from .pairing import match_files
-from .rasters import footprints
 from .split_lists import split_by_place
+from .splits import multilabel_split
 from ..sensors import Sensor, sensor_map
 
 # %% ../../nbs/17_data.folders.ipynb #1d5f4724
@@ -31,20 +30,12 @@ _IMAGES = '.jpg', '.jpeg', '.png', '.tif', '.tiff'
 # %% ../../nbs/17_data.folders.ipynb #e8259a01
 log = logging.getLogger(__name__)
 
-def _places(infos, files):
-    "crs and geometry of the files that have them; `files` says which part of each is used."
-    out = pd.DataFrame(dict(crs=[info.crs for info in infos], geometry=None), dtype=object)
-    for crs, part in out.dropna(subset='crs').groupby('crs'):
-        corners = np.stack([infos[i].corners(*files.part(infos[i])) for i in part.index])
-        out.loc[part.index, 'geometry'] = pd.Series(footprints(corners, crs), part.index, dtype=object)
-    return out
-
 def _table_of(infos, root, files):
     "The table of images in class folders."
     table = pd.DataFrame(dict(id=[p.relative_to(root).with_suffix('').as_posix() for p in infos],
                               labels=[[p.parent.name] for p in infos], source=list(map(str, infos)),
                               date=[date_in_name(p.stem) for p in infos], sensor=files.sensor.name))
-    return table.join(_places(list(infos.values()), files))
+    return table.join(image_places(list(infos.values()), files))
 
 def _classes_of(paths, infos):
     "The names of the folders; a warning where all the images of one are left out."
@@ -67,10 +58,14 @@ class ClassFolders(Archive):
         offset:float|None=None, # to the unit: added after it
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        grey:bool=False, # whether a grey picture is taken for each colour
+        split:Mapping[str, float]|None=None, # split -> its part of every class; none by default
+        seed:int=0, # chooses the images of the splits
         check:bool=False, # read every image once in the beginning
         on_error:Literal['raise', 'skip', 'skip_any']='skip', # what to do about bad images, see `SkipList`
     ):
-        self.files, skips = ImageFiles(sensor, bands, scale, offset, img_size, fit), SkipList(on_error)
+        self.files = ImageFiles(sensor, bands, scale, offset, img_size, fit, grey=grey)
+        skips = SkipList(on_error)
         paths = [p for p in find_files(root, _IMAGES) if classes is None or p.parent.name in classes]
         infos = {}
         for path in tqdm(paths, desc='images', disable=len(paths) < 10_000):
@@ -80,8 +75,9 @@ class ClassFolders(Archive):
         infos = keep_usable(infos, self.files, skips, str(root), len(paths))
         self.modality, self.skipped = modality or self.files.sensor.name, skips.table
         self.reading, names = {self.modality: self.files.reading}, _classes_of(paths, infos)
-        super().__init__(_table_of(infos, root, self.files), {self.modality: self.files.sensor},
-                         Vocab(classes or names))
+        table = _table_of(infos, root, self.files)
+        if split is not None: table['split'] = multilabel_split(table, 'labels', split, seed)
+        super().__init__(table, {self.modality: self.files.sensor}, Vocab(classes or names))
 
     def read(self, i:int) -> dict[str, Tensor]:
         return {self.modality: self.files.read(self.table['source'].array[i])}
@@ -139,7 +135,7 @@ def _table_of_pairs(infos, files):
                               source=[info.path for _, info in firsts]))
     if any(len(have) < len(files) for have in infos.values()):
         table['modalities'] = [list(have) for have in infos.values()]
-    return table.join(_places([info for _, info in firsts], next(iter(files.values()))))
+    return table.join(image_places([info for _, info in firsts], next(iter(files.values()))))
 
 # %% ../../nbs/17_data.folders.ipynb #6d0b1fa9
 def _by_stem(home):
@@ -172,6 +168,7 @@ class PairedFolders(Archive):
         offset:Mapping[str, float]|None=None, # modality -> to the unit
         img_size:int|None=None, # resample to so many pixels a side; as they are by default
         fit:Literal['short_side', 'stretch', 'centre']='short_side', # part that is resampled, see `to_square`
+        grey:bool=False, # whether a grey picture is taken for each colour of a camera
         pattern:str|None=None, # of paths from `root`, see `match_files`; one folder per sensor by default
         tokens:Mapping[str, str]|None=None, # modality -> the word for `{sensor}`; the modality by default
         split:Mapping[str, float]|None=None, # split -> its part, divided by `{place}`; none by default
@@ -182,7 +179,8 @@ class PairedFolders(Archive):
     ):
         sensors, skips = sensor_map(sensors), SkipList(on_error)
         of = _by_modality(sensors, folders=folders, tokens=tokens, bands=bands, scale=scale, offset=offset)
-        self.files = {m: ImageFiles(sensor, of(m, 'bands'), of(m, 'scale'), of(m, 'offset'), img_size, fit)
+        self.files = {m: ImageFiles(sensor, of(m, 'bands'), of(m, 'scale'), of(m, 'offset'), img_size, fit,
+                                     grey=grey)
                       for m, sensor in sensors.items()}
         homes = {m: Path(root, of(m, 'folders') or m) for m in sensors}
         if pattern is None: paths, places = {m: _by_stem(o) for m, o in homes.items()}, {}

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..core import DATASETS, InputError, MissingFileError, unknown_name
 from .base import Archive
-from .checks import check_patch, to_grid, to_square
+from .checks import check_patch, square_part, to_grid, to_square
 from .files import SkipList, date_in_name, find_files
-from .rasters import (fill_nodata, footprints, nodata_mask, raster_info, read_bands,
+from .images import read_reduced
+from .rasters import (LARGE, fill_nodata, footprints, nodata_mask, raster_info, read_bands,
                                   read_raster)
-from .bands import (RasterInfo, band_name, choose_bands, file_bands, reading_options,
-                                scaling_of, to_unit)
+from .bands import (RasterInfo, band_name, choose_bands, file_bands, is_grey, is_picture,
+                                reading_options, scaling_of, to_unit)
 from ..geo import ground_side, wkb_quads
 from ..sensors import BANDS, SENSORS, Sensor, get_sensor
 
@@ -114,6 +115,9 @@ def _names(paths):
 # %% ../../nbs/16_data.scenes.ipynb #e8957b14
 def _cut(info, name, sensor, o):
     "The table of one scene, and how its windows are read; `o` holds the archive's options."
+    if is_picture(info.path) and info.height*info.width > LARGE:
+        raise InputError(f"{info.path} cannot be cut into patches", found="a large picture without tiles",
+                         wanted="a GeoTIFF", remedy="gdal_translate -co TILED=YES makes one")
     info = replace(info, bands=file_bands(info, o['bands']))
     channels = choose_bands(info, sensor)
     scale, offset = scaling_of(info, o['scale'], o['offset'], sensor)
@@ -196,8 +200,8 @@ class SceneArchive(Archive):
         return {self.modality: _read_window(self.scenes[source], row, col, self.ids[i])}
 
 # %% ../../nbs/16_data.scenes.ipynb #c6d7605f
-def _read_folder(path, sensor, size):
-    "A folder with one file a band, on one grid; (raw, nodata mask)."
+def _read_folder(path, sensor, size, scale, offset):
+    "A folder with one file per band, on one grid and in the unit; and where there is no data."
     images = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in ('.tif', '.tiff', '.jp2'))
     files = {band_name(p.stem): p for p in images}
     missing = [o for o in sensor.bands if o not in files]
@@ -207,24 +211,23 @@ def _read_folder(path, sensor, size):
     raw = [read_raster(files[o], [0], alone=True)[0] for o in sensor.bands]
     size = size or max(x.shape[0] for x in raw)
     x = np.stack([to_grid(o, size).numpy() for o in raw])
-    return x, nodata_mask(x)
+    return to_unit(x, 1. if scale is None else scale, 0. if offset is None else offset), nodata_mask(x)
 
-def _read_file(path, sensor, bands, nodata):
+def _info(path, sensor, bands, grey):
+    "What a file says, with the names of its bands."
     info = raster_info(path)
-    info = replace(info, bands=file_bands(info, bands))
-    raw, mask = read_bands(info, choose_bands(info, sensor), info.nodata if nodata is None else nodata,
-                           black=sensor.unit == 'byte')                      # black is a colour
-    return info, raw, mask
+    return info if grey and is_grey(info, sensor) else replace(info, bands=file_bands(info, bands))
 
 # %% ../../nbs/16_data.scenes.ipynb #fc21cf9a
-def _fit(x, size, fit, name, side, unit):
-    "`x` (C,H,W) as a square of `size` pixels; `side` pixels of it cover the ground of a patch."
-    h, w = x.shape[1:]
-    if fit not in (None, 'resample', 'centre'): raise unknown_name('way to fit', fit, ['resample', 'centre'])
-    if h == w and (fit == 'resample' or abs(h - side) <= 0.1*side): return to_square(x, size, unit)
+_QUERY_FITS = None, 'resample', 'centre', 'short_side', 'stretch'
+
+def _part(h, w, fit, name, side):
+    "First row, first column, height and width of what becomes a patch; `side` pixels are a patch's ground."
+    if fit not in _QUERY_FITS: raise unknown_name('way to fit', fit, _QUERY_FITS[1:])
+    if fit in ('short_side', 'stretch'): return square_part(h, w, side, fit)
+    if h == w and (fit == 'resample' or abs(h - side) <= 0.1*side): return 0, 0, h, w
     top, left = (h - side)//2, (w - side)//2
-    if fit == 'centre' and min(top, left) >= 0:
-        return to_square(x[:, top:top+side, left:left+side], size, unit)
+    if fit == 'centre' and min(top, left) >= 0: return top, left, side, side
     ways = {"'centre' takes its middle": min(top, left) >= 0, "'resample' takes all of it": h == w}
     ways = [k for k, can in ways.items() if can]
     raise InputError(f"{name} has not the size of a patch", found=f"{h}x{w} pixels",
@@ -248,23 +251,31 @@ def read_patch_file(
     offset:float|None=None, # to the unit
     nodata:float|None=None, # mark of missing pixels; the file's own by default
     max_nodata:float=0.5, # part that may be missing, 0..1
-    fit:Literal['resample', 'centre']|None='resample', # how another size becomes `size`; None refuses it
+    fit:str|None='resample', # how another size becomes `size`, see above; None refuses it
     ground:tuple[float, float]|None=None, # metres a side of the smallest and largest patch, where known
+    grey:bool=False, # whether a grey picture is taken for each colour, see `is_grey`
 ) -> Tensor: # (C,H,W) float32, raw units
     "Read one image as a patch of `sensor`, checked."
     sensor = get_sensor(sensor)
     if not Path(path).exists(): raise MissingFileError(f"{path} is not there")
-    info = None
-    if Path(path).is_dir():
-        raw, mask = _read_folder(path, sensor, size)
-        scale, offset = 1. if scale is None else scale, 0. if offset is None else offset
+    side, reduced = size, False
+    if Path(path).is_dir(): x, mask = _read_folder(path, sensor, size, scale, offset)
     else:
-        info, raw, mask = _read_file(path, sensor, bands, nodata)
-        scale, offset = scaling_of(info, scale, offset, sensor)
+        info = _info(path, sensor, bands, grey)
+        channels, scaling = choose_bands(info, sensor, grey=grey), scaling_of(info, scale, offset, sensor)
+        told = dict(nodata=info.nodata if nodata is None else nodata, black=sensor.unit == 'byte')
+        side, reduced = _side(info, size, ground), size is not None and info.height*info.width > LARGE
+        if reduced:
+            part = _part(info.height, info.width, fit, path, side)
+            x, mask = read_reduced(info, channels, part, size, scaling, **told)
+        else:
+            x, mask = read_bands(info, channels, **told)
+            x = to_unit(x, *scaling)
     if mask.mean() > max_nodata:
         raise InputError(f"{path} is nearly empty", found=f"no data in {mask.mean():.0%} of its pixels",
                          wanted=f"at most {max_nodata:.0%}")
-    x = fill_nodata(to_unit(raw, scale, offset), mask)
+    x = fill_nodata(x, mask)
     check_patch(x, sensor, str(path))
     if size is None: return torch.from_numpy(np.ascontiguousarray(x))
-    return _fit(x, size, fit, path, _side(info, size, ground), sensor.unit)
+    top, left, h, w = (0, 0, *x.shape[1:]) if reduced else _part(*x.shape[1:], fit, path, side)
+    return to_square(x[:, top:top+h, left:left+w], size, sensor.unit, 'stretch')

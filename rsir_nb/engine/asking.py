@@ -143,18 +143,19 @@ def ask_fused(self:Asker,
 # %% ../../nbs/72a_engine.asking.ipynb #82077067
 @patch
 def ask_file(self:Asker,
-    path:str|Path, # an image file, or a folder with one file per band
+    path:str|Path, # an image file, a folder with one file per band, or a .npy with an array or one vector
     source:str|None=None, # the query's sensor; the first whose bands the file has by default
     file:Mapping|None=None, # how it is read: bands=, scale=, offset=, nodata=, fit=
 ) -> Asked: # encoded
-    "An image file, or a folder with a file a band."
+    "An image file, a folder with one file per band, or an array in a file."
     path, file, sensors, errors = Path(path), file or {}, self.method.sensors, []
     if not path.exists(): raise _unknown_query(path, self.rows)
+    if path.suffix.lower() == '.npy': return self.ask_array(_array_of(path), source, path.name)
     legal = (None, *self.method.modalities)
     if source not in legal: raise unknown_name('sensor of this method', source, legal[1:])
     check_arguments(scenes.read_patch_file, file, 'a query file')
     for m in self.method.joint.get(source, [source] if source else sensors):
-        told = {**self.store.provenance.get('reading', {}).get(m, {}), 'fit': None, **file}
+        told = {'fit': None, **self.store.provenance.get('reading', {}).get(m, {}), **file}
         try: x = scenes.read_patch_file(path, sensors[m], self.method.img_size, ground=self.ground, **told)
         except InputError as e: errors.append(e)
         else: return self.ask_array(x, source or m, path.name)
@@ -166,6 +167,14 @@ def _unknown_query(path, rows):
     if path.suffix or len(path.parts) > 1: return MissingFileError(f"{path} is not there",
         wanted="an image file, or the id of a patch", remedy="`rsir data table` lists the ids")
     return unknown_name('patch (or file)', str(path), rows)
+
+def _array_of(path):
+    "The array of a .npy file, (C,H,W); a vector as an image of one pixel."
+    try: x = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e:
+        raise InputError(f"{path} cannot be read as an array", found=str(e).split('\n')[0],
+                         wanted="numbers, as numpy.save writes them") from e
+    return x.reshape(-1, 1, 1) if x.ndim == 1 or x.ndim == 2 and len(x) == 1 else x
 
 # %% ../../nbs/72a_engine.asking.ipynb #e60ad3d3
 def _ground_sides(table):

@@ -185,8 +185,9 @@ def train_hash(
         train = split_of(archive, trainer_config(cfg).train_split)
         options = dict(to_dict(cfg.encode), embeddings=True, progress=progress)
         store = encode(method, train, home/'features', **options)
-        training = train_heads(paired_features(store), paired_labels(store, train), seed=cfg.seed,
-                               progress=progress, folder=home, **settings)
+        labels = paired_labels(store, train) if settings['zero_one'] or settings['supervised'] else None
+        training = train_heads(paired_features(store), labels, seed=cfg.seed, progress=progress, folder=home,
+                               **settings)
         method.heads = training.heads
         method.save(home/'method')
         shutil.rmtree(home/'checkpoints', ignore_errors=True)

@@ -39,6 +39,7 @@ PROTOCOLS = dict(
     leave_one_out=Protocol('test', 'test', (1, 2, 4, 8), 'multi-task comparison (CV4RS)', leave_out=True),
     train_test=Protocol('train', 'test', (8, 16, 32, 64, 128), 'contrastive CBIR'),
     vdd=Protocol('query', 'archive', (10,), 'DA4DTE vessels'),
+    unifex=Protocol('query', 'index', (5,), 'UniFEx, scored by mMP@5'),
     leave_group_out=Protocol('test', 'test', (10,), 'patches that were cut from few scenes', leave_out=True,
                              exclude_group='place'))
 

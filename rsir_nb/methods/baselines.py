@@ -35,7 +35,7 @@ def band_statistics(
 ) -> Tensor: # nine numbers a band, in the bands' units, (B, 9*C)
     "Mean, standard deviation, `QUANTILES`, and mean and standard deviation of the gradient's magnitude."
     if min(x.shape[2:]) < 3: raise InputError("images of this size have no band statistics",
-        found=f"{x.shape[2]}x{x.shape[3]} pixels", wanted="3x3 or more", remedy="for vectors see method=duch")
+        found=f"{x.shape[2]}x{x.shape[3]} pixels", wanted="3x3 or more", remedy="for vectors: method=vectors")
     flat = x.flatten(2)
     dy, dx = x.diff(dim=2)[..., :, :-1], x.diff(dim=3)[..., :-1, :]
     slope = (dx**2 + dy**2).sqrt().flatten(2)
