@@ -1,4 +1,4 @@
-"""Partner recall across sensors on places never trained on: contrastive pairs, CSMAE, and floors.
+"""Partner recall across sensors on places never trained on: contrastive pairs, CSMAE and hand-made baselines.
 
     python benchmarks/contrastive.py --out runs/contrastive             # the comparison, three seeds
     python benchmarks/contrastive.py --out runs/contrastive --recipe    # what the recipe was chosen from
