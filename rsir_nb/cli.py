@@ -117,8 +117,7 @@ def hash_command(
 ):
     "Train hash heads on the frozen features of a run."
     from rsir_nb.engine.hash import train_hash
-    cfg = run_config(run, overrides, 'hash')
-    if shown(cfg.hash, dry_run): return
+    if shown((cfg := run_config(run, overrides, 'hash')).hash, dry_run): return
     method = train_hash(run, overwrite=overwrite, **changes_of(cfg, overrides, 'hash'))
     print(f"{run}: codes of {method.heads.n_bits} bits")
     return method
@@ -221,14 +220,12 @@ def evaluate_command(
     from rsir_nb.engine.domains import told_by
     from rsir_nb.engine.evaluate import evaluate
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
-    cfg = run_config(run, changes, 'evaluate')
-    if shown(cfg.evaluate, dry_run): return
+    if shown((cfg := run_config(run, changes, 'evaluate')).evaluate, dry_run): return
     found = evaluate(run, **changes_of(cfg, changes, 'evaluate'))
     print(found.summary().to_string(index=False))
     print(f"95 % intervals by bootstrap over places; {found.told}; ms: one search for one query.\n")
     if found.headline == 'map' and found.partners is not None:
-        print("The other sensor's image of the same patch:")
-        print(f"{found.partner_summary().to_string(index=False)}\n")
+        print(f"Partners by the other sensor:\n{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
     if found.about.get('classes'): print(f"\n{class_table(found.about['classes']).round(4).to_string()}")
     if by: print(f"\nBy {by}:\n{told_by(run, by, found.about['protocol'])}")
@@ -325,5 +322,4 @@ def demo_command(
     from rsir_nb.config import load_config
     from rsir_nb.engine.stages import demo
     cfg = load_config('demo_real' if real else 'demo', overrides)
-    if shown(cfg, dry_run): return
-    return demo(cfg)
+    return None if shown(cfg, dry_run) else demo(cfg)

@@ -107,8 +107,7 @@ def _read(path):
 
 def _find(name, near=None):
     "The file of a config: a packaged name, or a path, also as seen from the file that names it."
-    packaged = CONFIGS/f'{name}.yaml'
-    if packaged.is_file(): return packaged
+    if (packaged := CONFIGS/f'{name}.yaml').is_file(): return packaged
     path = Path(name)
     if near is not None and not path.is_absolute() and (near.parent/path).is_file(): path = near.parent/path
     if path.suffix in ('.yaml', '.yml') or path.is_file(): return path

@@ -73,51 +73,54 @@ def class_scores_of(
     return {f"class_{k.replace('.', '_')}": v for k, v in found.items()}
 
 # %% ../../nbs/44g_metrics.classification.ipynb #00ff09ac
-_CLASSES = dict(source='contrastive CBIR, validation', of='classes', depth='none', default=False)
-
 def _score(name):
     "A function of labels and probabilities, (N,L) both."
     return lambda y, p: class_scores_of(y, p)[name]
 
 METRICS.register('class_precision_macro', 'share of the predicted classes that are right, mean over classes',
-                 **_CLASSES)(_score('class_precision_macro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_precision_macro'))
 METRICS.register('class_recall_macro', 'share of the right classes that are predicted, mean over classes',
-                 **_CLASSES)(_score('class_recall_macro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_recall_macro'))
 METRICS.register('class_f1_macro', 'harmonic mean of precision and recall, mean over classes',
-                 **_CLASSES)(_score('class_f1_macro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_f1_macro'))
 METRICS.register('class_f2_macro', 'the same with recall counted twice as much, mean over classes',
-                 **_CLASSES)(_score('class_f2_macro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_f2_macro'))
 METRICS.register('class_precision_micro', 'share of the predicted classes that are right, over all decisions',
-                 **_CLASSES)(_score('class_precision_micro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_precision_micro'))
 METRICS.register('class_recall_micro', 'share of the right classes that are predicted, over all decisions',
-                 **_CLASSES)(_score('class_recall_micro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_recall_micro'))
 METRICS.register('class_f1_micro', 'harmonic mean of precision and recall, over all decisions',
-                 **_CLASSES)(_score('class_f1_micro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_f1_micro'))
 METRICS.register('class_f2_micro', 'the same with recall counted twice as much, over all decisions',
-                 **_CLASSES)(_score('class_f2_micro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_f2_micro'))
 METRICS.register('class_precision_sample', 'share of the predicted classes that are right, mean over images',
-                 **_CLASSES)(_score('class_precision_sample'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_precision_sample'))
 METRICS.register('class_recall_sample', 'share of the right classes that are predicted, mean over images',
-                 **_CLASSES)(_score('class_recall_sample'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_recall_sample'))
 METRICS.register('class_f1_sample', 'harmonic mean of precision and recall, mean over images',
-                 **_CLASSES)(_score('class_f1_sample'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_f1_sample'))
 METRICS.register('class_f2_sample', 'the same with recall counted twice as much, mean over images',
-                 **_CLASSES)(_score('class_f2_sample'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_f2_sample'))
 METRICS.register('class_accuracy_macro', 'share of right decisions, mean over classes',
-                 **_CLASSES)(_score('class_accuracy_macro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_accuracy_macro'))
 METRICS.register('class_accuracy_micro', 'share of right decisions',
-                 **_CLASSES)(_score('class_accuracy_micro'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_accuracy_micro'))
 METRICS.register('class_accuracy_sample', 'share of the classes predicted or right that are both',
-                 **_CLASSES)(_score('class_accuracy_sample'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_accuracy_sample'))
 METRICS.register('class_hamming_loss', 'share of wrong decisions',
-                 **_CLASSES, better='lower')(_score('class_hamming_loss'))
+    better='lower', source='contrastive CBIR', of='classes', depth='none', default=False
+)(_score('class_hamming_loss'))
 METRICS.register('class_subset_accuracy', 'share of images with all decisions right',
-                 **_CLASSES)(_score('class_subset_accuracy'))
+    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_subset_accuracy'))
 METRICS.register('class_one_error', 'share of images whose most probable class is wrong',
-                 **_CLASSES, better='lower')(_score('class_one_error'))
+    better='lower', source='contrastive CBIR', of='classes', depth='none', default=False
+)(_score('class_one_error'))
 METRICS.register('class_coverage_error', 'how many classes down all right ones are found',
-                 **_CLASSES, better='lower')(_score('class_coverage_error'))
+    better='lower', source='contrastive CBIR', of='classes', depth='none', default=False
+)(_score('class_coverage_error'))
 METRICS.register('class_ranking_loss', 'share of pairs of a right and a wrong class in the wrong order',
-                 **_CLASSES, better='lower')(_score('class_ranking_loss'))
+    better='lower', source='contrastive CBIR', of='classes', depth='none', default=False
+)(_score('class_ranking_loss'))
 METRICS.register('class_label_ranking_average_precision', 'share of right classes above each right class',
-                 **_CLASSES)(_score('class_label_ranking_average_precision'))
+    source='contrastive CBIR', of='classes', depth='none', default=False
+)(_score('class_label_ranking_average_precision'))
