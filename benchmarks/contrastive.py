@@ -1,10 +1,11 @@
-"""Partner recall across sensors on places never trained on: contrastive pairs, CSMAE, no training, chance.
+"""Partner recall across sensors on places never trained on: contrastive pairs, CSMAE, and floors.
 
     python benchmarks/contrastive.py --out runs/contrastive             # the comparison, three seeds
     python benchmarks/contrastive.py --out runs/contrastive --recipe    # what the recipe was chosen from
 
 Everything is trained by the config `contrastive` and what this file changes in it. The recipe is chosen on
-validation places, the comparison is scored on test places. A finished training is not made again.
+validation places, the comparison is scored on test places. A finished training is not made again, one that
+was stopped goes on, and `--only` makes some of the trainings alone.
 """
 import argparse
 import logging
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from rsir_nb.config import load_config
-from rsir_nb.core import read_json
+from rsir_nb.core import METHODS, read_json
 from rsir_nb.data.store import write_store
 from rsir_nb.engine.parts import build_archive, build_method, load_method
 from rsir_nb.engine.train import pretrain
@@ -28,12 +29,20 @@ CSMAE = ["method=csmae", "method.patch_size=8", "method.embed_dim=128", "method.
          "method.decoder_depth=1", "method.decoder_num_heads=4", "method.mask_ratio=0.75",
          "method.temperature=0.2", "method.norm_pix=true", "method.embed_norm=batch",
          "method.decode_ratio=0.125",
-         "optim.lr=1e-3", "trainer.augment=[flips,rotate90]"]
+         "optim.lr=1e-3", "trainer.batch_size=64", "trainer.augment=[flips,rotate90]"]
+SMALL_VIT = ["method.backbone={name: vit, patch_size: 8, embed_dim: 128, depth: 2, num_heads: 4}",
+             "optim.lr=3e-3"]
+SYSTEMS = {"contrastive, ResNet-18": [], "contrastive, small ViT": SMALL_VIT, "CSMAE": CSMAE}
 RECIPES = {
     "as it stands": [],
     "no augmentation": ["trainer.augment=false"],
-    "brightness and noise too": ["trainer.augment=[flips,rotate90,jitter,noise]"],
+    "no crop": ["trainer.augment=[flips,rotate90]"],
+    "temperature 0.1": ["method.temperature=0.1"],
     "temperature 0.5": ["method.temperature=0.5"],
+    "learning rate 3e-3": ["optim.lr=3e-3"],
+    "learning rate 1e-3": ["optim.lr=1e-3"],
+    "hidden layer in the head": ["method.projection.layers=2"],
+    "head without normalisation": ["method.projection.norm=false"],
     "published head": ["method.projection=relu"],
 }
 
@@ -71,14 +80,19 @@ def recall(method, archive):
 def compare(o):
     rows, archive = [], build_archive(dict(name="store", path=str(o.out/"store"))).split("test")
     for seed in range(o.seeds):
-        for name, changes in dict(contrastive=[], csmae=CSMAE).items():
-            cfg, run = train(o, f"{name}_{seed}", "contrastive", changes, seed)
+        for name, changes in SYSTEMS.items():
+            if o.only and o.only not in f"{name} {seed}": continue
+            folder = f"{name}_{seed}".replace(" ", "_").replace(",", "")
+            cfg, run = train(o, folder, "contrastive", changes, seed)
             told = read_json(run/"finished.json")
             found = recall(load_method(run), archive)
             rows.append(found.assign(system=name, seed=seed, seconds=told["seconds"]))
-            if name == "contrastive":
-                fresh = build_method(cfg, build_archive(cfg.data)).eval()
-                rows.append(recall(fresh, archive).assign(system="untrained", seed=seed, seconds=0.))
+            if changes: continue
+            fresh = build_method(cfg, build_archive(cfg.data)).eval()
+            rows.append(recall(fresh, archive).assign(system="ResNet-18, untrained", seed=seed, seconds=0.))
+    whole = build_archive(dict(name="store", path=str(o.out/"store")))
+    cca = METHODS.create("band_cca", sensors=whole.sensors, img_size=o.side).fit(whole.split("train"))
+    rows.append(recall(cca, archive).assign(system="band statistics, correlated", seed=0, seconds=0.))
     table = pd.concat(rows)
     table.to_csv(o.out/"compare.csv", index=False)
     print(f"{archive.table['place'].nunique()} test places, {len(archive)} patches, {o.epochs} epochs\n")
@@ -88,9 +102,10 @@ def compare(o):
     for (system, way), part in table.groupby(["system", "direction"], sort=False):
         at = {k: part[(part.metric == "partner_r") & (part.k == k)] for k in (1, 10)}
         low = "; ".join(f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in at[10].itertuples())
-        half = 4.303*at[10].value.std()/np.sqrt(3) if o.seeds == 3 else np.nan
+        half = 4.303*at[10].value.std()/np.sqrt(3) if len(at[10]) == 3 else np.nan
         means, chance = [at[k].value.mean() for k in (1, 10)], at[10].chance.iloc[0]
-        row = system, way, f"{means[0]:.3f}", f"{means[1]:.3f} ± {half:.3f}", low, f"{chance:.3f}", \
+        spread = "" if np.isnan(half) else f" ± {half:.3f}"
+        row = system, way, f"{means[0]:.3f}", f"{means[1]:.3f}{spread}", low, f"{chance:.3f}", \
             f"{part.seconds.mean():.0f}"
         print("| " + " | ".join(row) + " |")
 
@@ -98,6 +113,7 @@ def compare(o):
 def recipe(o):
     print("| change | best epoch | val partner R@10, both directions |\n|---|---|---|")
     for name, changes in RECIPES.items():
+        if o.only and o.only not in name: continue
         _, run = train(o, "recipe_" + name.replace(" ", "_"), "contrastive", changes, 0)
         told = read_json(run/"finished.json")
         print(f"| {name} | {told['best_epoch'] + 1} | {told['value']:.3f} |", flush=True)
@@ -107,9 +123,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    for name, default in dict(places=640, patches=2, side=32, world=0, epochs=12, seeds=3).items():
+    for name, default in dict(places=640, patches=4, side=32, world=0, epochs=12, seeds=3).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--recipe", action="store_true")
+    parser.add_argument("--only", help="only trainings with this in their name, e.g. 'small ViT 0'")
     o = parser.parse_args()
     logging.getLogger("rsir_nb").setLevel(logging.ERROR)
     o.out.mkdir(parents=True, exist_ok=True)

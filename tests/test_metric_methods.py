@@ -177,6 +177,32 @@ def test_a_frozen_backbone_stays(tmp_path):
     assert not trained.train().backbones.training and trained.necks.training
 
 
+@pytest.mark.parametrize("name", [o for o in NAMES if o != "diva"])
+def test_features_of_a_frozen_backbone_are_computed_once(tmp_path, name):
+    import tiny_plugin
+    frozen = ["method.freeze=true", "trainer.augment=false", "method.dropout=0"]
+    before = tiny_plugin.reads
+    run = pretrain(config(tmp_path/"cached", name, *frozen), progress=False)
+    reads = tiny_plugin.reads - before
+    n = len(build_archive(config(run, name).data).split("train"))
+    assert n <= reads < 2*n + 8
+    whole = pretrain(config(tmp_path/"whole", name, *frozen, "trainer.cache=false"), progress=False)
+    assert tiny_plugin.reads - before - reads > 3*n - 8
+    a, b = (read_history(o)["loss"].to_numpy() for o in (run, whole))
+    np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02)        # features are kept in float16
+    x = next(iter(build_archive(config(run, name).data).split("test")))["s2"][None]
+    torch.testing.assert_close(load_method(run).embed(x, "s2"), load_method(whole).embed(x, "s2"), rtol=0.05, atol=0.02)
+
+
+def test_frozen_diva_looks_at_images_and_keeps_its_backbone(tmp_path):
+    cfg = config(tmp_path/"run", "diva", "method.freeze=true")
+    fresh, trained = build_method(cfg, build_archive(cfg.data)), load_method(pretrain(cfg, progress=False))
+    assert not (tmp_path/"run"/"features").exists() and not trained.train().backbones.training
+    own = dict(trained.backbones.named_parameters())
+    assert all(torch.equal(v, own[k]) for k, v in fresh.backbones.named_parameters())
+    assert any(not torch.equal(v, dict(trained.necks.named_parameters())[k]) for k, v in fresh.necks.named_parameters())
+
+
 def test_weights_are_read_once(tmp_path):
     import timm
     from safetensors.torch import save_file

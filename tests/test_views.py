@@ -46,6 +46,11 @@ def test_the_curve_is_the_same_with_and_without_them(run, tmp_path):
     pretrain(config(run), progress=False)          # done already: callbacks do not decide what is trained
 
 
+def test_a_method_on_features_is_drawn_from_images(tmp_path):
+    run = pretrain(config(tmp_path/"run", VIEWS, "method.freeze=true"), progress=False)
+    assert (run/"features").is_dir() and (run/"pictures"/"answers_002.png").is_file()
+
+
 def test_wandb_has_them(run):
     found = [o.name for o in (run/"wandb").rglob("*.png")]
     assert all(any(view in o for o in found) for view in ("map", "distances", "answers")), found

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..core import DATASETS, InputError, MissingFileError, unknown_name
 from .base import Archive
 from .classes import Vocab
-from .files import SkipList, date_in_name, find_files
+from .files import SkipList, date_in_name, find_files, read_dates
 from .images import ImageFiles, image_places, keep_usable
 from .label_lists import ListFile, limit_classes, list_files, read_list
 from .split_lists import split_name
@@ -196,17 +196,10 @@ def _looked_at(table, files, skips, look, what, total):
         infos = keep_usable(infos, files, skips, what, total)
         table = table[table['source'].isin(infos)].reset_index(drop=True)
         table = table.join(image_places([infos[o] for o in table['source']], files))
-    if 'date' in table: return table.assign(date=_dates(table['date'], what))
+    if 'date' in table: return table.assign(date=read_dates(table['date'], what))
     stems = table['source'].str.rpartition('/')[2]
     dated = stems[stems.str.contains(r'\d{4}-?\d\d-?\d\d')]
     return table.assign(date=pd.to_datetime(dated.map(date_in_name)).reindex(table.index))
-
-def _dates(values, what):
-    found = pd.to_datetime(values, errors='coerce')
-    odd = found.isna() & values.notna()
-    if odd.any(): raise InputError(f"{what} has dates that cannot be read", found=values[odd].iloc[0],
-                                   wanted="such as 2017-06-13")
-    return found
 
 def _own_split(table, split, seed):
     "A split that keeps every label in proportion; of sizes alone where there are no labels."

@@ -19,7 +19,7 @@ from ..core import DATASETS, InputError, MissingFileError, lazy_import, unknown_
 from .base import Archive
 from .classes import Vocab
 from .features import class_lists, read_arrays
-from .files import SkipList, find_files
+from .files import SkipList, find_files, read_dates
 from .images import ImageFiles
 from .split_lists import split_name
 from .splits import multilabel_split
@@ -206,7 +206,7 @@ def _read_part(path, vectors, named, lonlat):
         lists, classes = class_lists(file[columns['labels']], classes)
         table['labels'] = pd.Series(lists, dtype=object)
     if columns['id'] is not None: table['id'] = [_id_text(o) for o in table['id']]
-    if columns['date'] is not None: table['date'] = _days(table['date'], path)
+    if columns['date'] is not None: table['date'] = read_dates(table['date'], path)
     places = vector_places(file, path, lonlat)
     if places is not None: table['geometry'] = pd.Series(places, dtype=object)
     return x, table.assign(source=str(path)), classes
@@ -217,13 +217,6 @@ def _usual(file, key, name, path):
     return name or next((o for o in USUAL[key] if o in file), None)
 
 def _id_text(o): return o.decode() if isinstance(o, bytes) else str(o)
-
-def _days(values, path):
-    found = pd.to_datetime(values, errors='coerce', utc=True).dt.tz_localize(None)
-    odd = found.isna() & values.notna()
-    if odd.any(): raise InputError(f"{path} has dates that cannot be read", found=values[odd].iloc[0],
-                                   wanted="such as 2017-06-13", remedy="date= names another column")
-    return found
 
 # %% ../../nbs/17d_data.vectors.ipynb #5c8ac075
 def _join_parts(parts, paths):

@@ -49,6 +49,7 @@ class Diva(MetricMethod):
             raise InputError("DiVA has four parts", found=f"{len(sizes)} sizes, {len(task_weights)} weights",
                              wanted=', '.join(TASKS))
         super().__init__(sensors, sizes=sizes, weights=weights, **kwargs)
+        self.frozen = () # second views are made of images, so that features cannot be computed once
         self.task_weights, self.momentum = dict(zip(TASKS, task_weights, strict=True)), momentum
         for task in _MINERS: self.loss[task] = MarginLoss()
         self.loss['self_similarity'] = FastMoCoLoss(sizes[1], n_keys, temperature)
@@ -62,7 +63,7 @@ class Diva(MetricMethod):
     def train(self, mode:bool=True) -> nn.Module:
         "Put everything that learns, and its slow copy, into training mode."
         super().train(mode)
-        if self.freeze: self.key['backbones'].eval()
+        for nets in (self.backbones, self.key['backbones']) if self.freeze else (): nets.eval()
         return self
 
 # %% ../../nbs/61_methods.diva.ipynb #df22e604

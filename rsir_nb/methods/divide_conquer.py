@@ -97,7 +97,7 @@ class DivideConquer(MarginMethod):
 
 # %% ../../nbs/62_methods.divide_conquer.ipynb #dd1e5e45
 @patch
-def features(self:DivideConquer,
+def cluster_features(self:DivideConquer,
     archive, # images with all sensors of the method: anything with a length whose items are sample dicts
     block:int=64, # images at once
 ) -> np.ndarray: # of length 1 for each sensor, (N,F)
@@ -106,9 +106,8 @@ def features(self:DivideConquer,
     with evaluating(self):
         for i in range(0, len(archive), block):
             batch = collate([archive[j] for j in range(i, min(i + block, len(archive)))])
-            x = {m: self.inputs.check(batch[m], m, self.device) for m in self.sensors}
-            z = [F.normalize(self.backbones[m](self.prepare(o, m))) for m, o in x.items()]
-            found.append(torch.cat(z, 1).float().cpu())
+            z = self.feature_rows({m: batch[m].to(self.device) for m in self.sensors})
+            found.append(torch.cat([F.normalize(o) for o in z.values()], 1).float().cpu())
     return torch.cat(found).numpy()
 
 @patch
@@ -130,7 +129,7 @@ def start_epoch(self:DivideConquer,
     if epoch >= self.ends[1]: self.cluster_of.zero_()
     elif epoch % self.every == 0:
         n, old = len(self.sizes), self.clusters
-        new = find_clusters(self.features(self.train_archive), n, self.seed, **self.kmeans)
+        new = find_clusters(self.cluster_features(self.train_archive), n, self.seed, **self.kmeans)
         self.cluster_of.copy_(torch.from_numpy(match_clusters(new, old, n) if old.any() else new))
 
 # %% ../../nbs/62_methods.divide_conquer.ipynb #76a2cf2a

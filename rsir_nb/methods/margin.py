@@ -49,20 +49,19 @@ class MetricMethod(Method):
         make = lambda n: make_backbone(backbone, n, img_size, load=load)
         self.backbones = nn.ModuleDict({m: make(s.in_chans) for m, s in self.sensors.items()})
         self.backbones.requires_grad_(not freeze)
+        if freeze: self.frozen = 'backbones',
         neck = lambda net: PartsNeck(net.embed_dim, self.sizes, dropout, weights)
         self.necks = nn.ModuleDict({m: neck(net) for m, net in self.backbones.items()})
         self.loss, self.embed_dim = nn.ModuleDict(), sum(self.sizes)
         self.arguments['load'] = False
 
-    def encode(self, x:Tensor, modality:str) -> Tensor:
-        "Embeddings of normalised images of one sensor."
-        return self.necks[modality](self.backbones[modality](x))
+    def features(self, x:Tensor, modality:str) -> Tensor:
+        "What the backbone makes of normalised images."
+        return self.backbones[modality](x)
 
-    def train(self, mode:bool=True) -> nn.Module:
-        "Put everything that learns into training mode; a frozen backbone stays as it is."
-        super().train(mode)
-        if self.freeze: self.backbones.eval()
-        return self
+    def top(self, z:Tensor, modality:str) -> Tensor:
+        "The neck."
+        return self.necks[modality](z)
 
 # %% ../../nbs/60_methods.margin.ipynb #c7512547
 def standardise_images(
@@ -87,10 +86,7 @@ def parts_of(self:MetricMethod,
     batch:Mapping, # modality -> images in raw units, (B,C,H,W)
 ) -> dict[str, Tensor]: # modality -> parts of length 1, one after the other, (B,D)
     "Embeddings as the losses see them, with gradients."
-    x = {m: self.prepare(batch[m], m) for m in self.sensors if m in batch}
-    if not x: raise InputError("no image of this method's sensors", wanted=' or '.join(self.sensors),
-                               found=', '.join(map(str, batch)) or 'none')
-    z = {m: torch.cat(self.necks[m].parts(self.backbones[m](o)), 1) for m, o in x.items()}
+    z = {m: torch.cat(self.necks[m].parts(o), 1) for m, o in self.feature_rows(batch).items()}
     bad = ~torch.stack([o.isfinite().all(1) for o in z.values()]).all(0)
     if bad.any(): raise InputError("the network makes embeddings that are no numbers",
         found=', '.join(str(batch.get('id', range(len(bad)))[i]) for i in bad.nonzero()[:5, 0]),

@@ -122,4 +122,5 @@ METRICS.register('class_ranking_loss', 'share of pairs of a right and a wrong cl
     better='lower', source='contrastive CBIR', of='classes', depth='none', default=False
 )(_score('class_ranking_loss'))
 METRICS.register('class_label_ranking_average_precision', 'share of right classes above each right class',
-    source='contrastive CBIR', of='classes', depth='none', default=False)(_score('class_label_ranking_average_precision'))
+    source='contrastive CBIR', of='classes', depth='none', default=False
+)(_score('class_label_ranking_average_precision'))
