@@ -171,6 +171,22 @@ def test_labels_of_several_classes_and_none_at_all():
     with pytest.raises(InputError, match="no image of this method's sensors"): method.losses(dict(s2=pictures(2), target=torch.zeros(2).long()))
 
 
+def test_on_the_network_that_ships(tmp_path):
+    "Real images that come with the package: a head that has learned from them, and the same network without training."
+    from rsir_nb.metrics.named import score_embeddings
+    from rsir_nb.models.shipped import about_shipped
+    run = pretrain(load_config("universal", ["data=eurosat_sample", "trainer.train_split=null", "optim.epochs=3", "optim.lr=2e-2", f"out={tmp_path/'run'}"]), progress=False)
+    method = load_method(run)
+    assert method.input_size == about_shipped()["size"] and method.embed_dim == 64
+    cfg = load_config("zero_shot", ["data=eurosat_sample", f"out={tmp_path/'zero'}"])
+    archive = build_archive(cfg.data)
+    some = archive.subset(list(range(0, len(archive), 6)))
+    x = torch.stack([some[i]["rgb"] for i in range(len(some))]).float()
+    zero = build_method(cfg, archive).eval()
+    scores = [score_embeddings(dict(rgb=o.embed(x, "rgb").numpy()), some, ["map"])["map"] for o in (method, zero)]
+    assert scores[0] > scores[1] > 0.2
+
+
 # saved, searched, without training ----------------------------------------------------------------
 
 def test_saved_without_its_head(run, tmp_path):
@@ -231,10 +247,14 @@ def test_a_probe_on_a_zero_shot_model():
 # configs and errors -------------------------------------------------------------------------------
 
 def test_the_published_config():
-    cfg = load_config("universal", ["data.root=somewhere"])
+    cfg = load_config("universal_published", ["data.root=somewhere"])
     assert dict(cfg.method.loss) == dict(name="arcface", centres=3, scale=30, margin=0.5) and cfg.method.neck.embed_dim == 64
+    assert dict(cfg.method.backbone) == dict(name="foundation", type="siglip", model="vit_so400m_patch14_siglip_384", weights="pretrained")
     o = cfg.optim
-    assert (o.optimizer, o.lr, o.weight_decay, o.warmup_epochs, o.warmup, o.schedule) == ("adam", 2e-3, 1e-4, 1, "linear", "cosine")
+    assert (o.optimizer, o.lr, o.lr*o.min_factor, o.weight_decay, o.epochs) == ("adam", 2e-2, 1e-3, 1e-4, 10)
+    assert (o.warmup_epochs, o.warmup, o.schedule, cfg.trainer.batch_size, cfg.seed) == (1, "linear", "cosine", 128, 42)
+    o = load_config("universal", ["data.root=somewhere"]).optim
+    assert (o.optimizer, o.lr, o.lr*o.min_factor, o.weight_decay) == ("adam", 2e-3, 1e-3, 1e-4)
     assert load_config("zero_shot", ["data.root=somewhere"]).method.loss is None
 
 
@@ -245,7 +265,7 @@ def test_weights_that_are_not_here_are_one_line(tmp_path, capsys, monkeypatch):
     for i in range(4):
         (tmp_path/"data"/f"k{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (i, 9, 9)).save(tmp_path/"data"/f"k{i % 2}"/f"{i}.png")
-    assert main(["pretrain", "universal", f"data.root={tmp_path/'data'}", f"out={tmp_path/'run'}"]) == 2
+    assert main(["pretrain", "universal_published", f"data.root={tmp_path/'data'}", f"out={tmp_path/'run'}"]) == 2
     err = capsys.readouterr().err
     assert "hf download timm/vit_so400m_patch14_siglip_384.webli" in err and "Traceback" not in err
 

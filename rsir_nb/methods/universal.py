@@ -68,7 +68,8 @@ class Universal(Method):
         nets = {m: make_backbone(backbone, s.in_chans, side, load=load) for m, s in own.items()}
         if norm is None: norm = {m: weight_stats(net, own[m], white) for m, net in nets.items()}
         super().__init__(own, img_size=img_size, norm=norm, **kwargs)
-        self.input_size, self.backbone_lr = next(iter(nets.values())).img_size, backbone_lr
+        first, self.backbone_lr = next(iter(nets.values())), backbone_lr
+        self.input_size = input_size or (not first.fixed_size and first.size) or first.img_size
         self.cpu_batch = self.least_batch = 64 if self.input_size < 112 else 8 if self.input_size < 300 else 4
         self.backbones = nn.ModuleDict({m: choose_trainable(net, trainable) for m, net in nets.items()})
         if trainable == 0: self.frozen = 'backbones',
