@@ -22,6 +22,7 @@ from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overw
 from .plugins import registry_of
 from .verbs import bench_app, config_app, data_app, weights_app
 from .verbs_codes import codes_app
+from .verbs_models import models_app
 from .verbs_pages import pages_app
 
 # %% ../nbs/91_cli.ipynb #5dd62ed8
@@ -30,7 +31,7 @@ app = typer.Typer(name='rsir', cls=VerbGroup, no_args_is_help=True, add_completi
                   help="Search satellite archives by image, across sensors.")
 groups = dict(data=data_app, codes=codes_app, weights=weights_app, config=config_app, bench=bench_app)
 for name, verbs in groups.items(): app.add_typer(verbs, name=name)
-app.registered_commands += pages_app.registered_commands
+app.registered_commands += [*pages_app.registered_commands, *models_app.registered_commands]
 
 # %% ../nbs/91_cli.ipynb #6a2d8b67
 def main(
@@ -63,7 +64,8 @@ def _fail(message, status):
 KINDS = dict(datasets='dataset', methods='method', backbones='backbone', necks='neck', losses='loss',
              fusions='fusion', pair_encoders='pair encoder', miners='miner',
              samplers='sampler', augmentations='augmentation', optimisers='optimiser',
-             schedules='schedule', distances='distance', metrics='metric', indexes='index')
+             schedules='schedule', distances='distance', metrics='metric', indexes='index',
+             callbacks='callback')
 FACTS = 'sensors', 'losses', 'schemes', 'source', 'paper', 'licence'
 MORE = dict(optimisers="and any name of timm's factory, e.g. lamb, lion or adopt")
 
@@ -115,8 +117,7 @@ def hash_command(
 ):
     "Train hash heads on the frozen features of a run."
     from rsir_nb.engine.hash import train_hash
-    cfg = run_config(run, overrides, 'hash')
-    if shown(cfg.hash, dry_run): return
+    if shown((cfg := run_config(run, overrides, 'hash')).hash, dry_run): return
     method = train_hash(run, overwrite=overwrite, **changes_of(cfg, overrides, 'hash'))
     print(f"{run}: codes of {method.heads.n_bits} bits")
     return method
@@ -211,20 +212,23 @@ def evaluate_command(
     run:RunFolder, # a run with hash heads, or without
     overrides:Overrides=[], # changes to the group `evaluate` # noqa: B006
     protocol:ProtocolName=None, # rules
+    by:Annotated[str, typer.Option(help="Also by this column of the archive's table.")]=None, # a column
     dry_run:DryRun=False, # only show the config
 ):
     "Score a run in every direction, beside its baselines."
+    from rsir_nb.engine.classes import class_table
+    from rsir_nb.engine.domains import told_by
     from rsir_nb.engine.evaluate import evaluate
     changes = [*overrides, *([f'evaluate.protocol={protocol}'] if protocol else [])]
-    cfg = run_config(run, changes, 'evaluate')
-    if shown(cfg.evaluate, dry_run): return
+    if shown((cfg := run_config(run, changes, 'evaluate')).evaluate, dry_run): return
     found = evaluate(run, **changes_of(cfg, changes, 'evaluate'))
     print(found.summary().to_string(index=False))
     print(f"95 % intervals by bootstrap over places; {found.told}; ms: one search for one query.\n")
     if found.headline == 'map' and found.partners is not None:
-        print("The other sensor's image of the same patch:")
-        print(f"{found.partner_summary().to_string(index=False)}\n")
+        print(f"Partners by the other sensor:\n{found.partner_summary().to_string(index=False)}\n")
     print(found.margins.round(4).to_string(index=False))
+    if found.about.get('classes'): print(f"\n{class_table(found.about['classes']).round(4).to_string()}")
+    if by: print(f"\nBy {by}:\n{told_by(run, by, found.about['protocol'])}")
     return found
 
 # %% ../nbs/91_cli.ipynb #18dc43df
@@ -310,12 +314,12 @@ def duplicates_command(
 # %% ../nbs/91_cli.ipynb #5e21269a
 @app.command('demo')
 def demo_command(
-    overrides:Overrides=[], # changes to the config `demo` # noqa: B006
+    overrides:Overrides=[], # changes to the config `demo` or `demo_real` # noqa: B006
+    real:Annotated[bool, typer.Option('--real', help="Real images, the network that ships.")]=False, # which
     dry_run:DryRun=False, # only show the config
 ):
-    "The whole system on a synthetic archive, in minutes."
+    "The whole system on a synthetic archive, in minutes; with --real on 600 satellite images, in one."
     from rsir_nb.config import load_config
     from rsir_nb.engine.stages import demo
-    cfg = load_config('demo', overrides)
-    if shown(cfg, dry_run): return
-    return demo(cfg)
+    cfg = load_config('demo_real' if real else 'demo', overrides)
+    return None if shown(cfg, dry_run) else demo(cfg)

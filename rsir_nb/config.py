@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'TOP_KEYS', 'SCHEMAS', 'CHECKS', 'DERIVED', 'CONFIGS', 'reg
            'load_run_config']
 
 # %% ../nbs/01_config.ipynb #6045fcf1
-import importlib, inspect, logging, os, platform, re, subprocess, sys
+import importlib, inspect, json, logging, os, platform, re, subprocess, sys
 from dataclasses import is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,8 +107,7 @@ def _read(path):
 
 def _find(name, near=None):
     "The file of a config: a packaged name, or a path, also as seen from the file that names it."
-    packaged = CONFIGS/f'{name}.yaml'
-    if packaged.is_file(): return packaged
+    if (packaged := CONFIGS/f'{name}.yaml').is_file(): return packaged
     path = Path(name)
     if near is not None and not path.is_absolute() and (near.parent/path).is_file(): path = near.parent/path
     if path.suffix in ('.yaml', '.yml') or path.is_file(): return path
@@ -135,27 +134,39 @@ def _layers(name):
         path = _find(base, path) if base else None
     return [o for _, o in reversed(chain)]
 
-def _merge(cfg, layer):
-    "Lay `layer` over `cfg`, both plain dicts."
+def _merge(cfg, layer, dots=0):
+    "Lay `layer` over `cfg`, both plain dicts; `dots` lead into its groups."
     for key, value in layer.items():
         if key not in TOP_KEYS: raise unknown_name('key of a config', key, [*TOP_KEYS, 'base'])
-        cfg[key] = _merge_group(key, cfg.get(key) or {}, value) if key in GROUPS else value
+        cfg[key] = _merge_group(key, cfg.get(key) or {}, value, dots - 1) if key in GROUPS else value
 
-def _merge_group(group, old, new):
+def _merge_group(group, old, new, dots=0):
     if isinstance(new, str): return _choice(group, new)
     if not isinstance(new, Mapping):
         raise InputError(f"the group {group!r} cannot be set to this", found=repr(new),
                          wanted=f"keys and values, or one of {', '.join(list_configs(group)) or 'none'}")
     if new.get('name', old.get('name')) != old.get('name'): old = _choice(group, new['name'])
-    return OmegaConf.to_container(OmegaConf.merge(old, new))
+    if dots > 0: # into a part that may be the builder's default
+        known = group_arguments(group, old.get('name'))
+        old = {**{k: known[k].default for k in new if k in known}, **old}
+    return {**old, **{k: _merge_value(old.get(k), v, dots) for k, v in new.items()}}
+
+def _merge_value(old, new, dots=0):
+    "The value of a key after a layer: parts of one name are merged, and what dots lead through."
+    if not isinstance(new, Mapping): return new
+    if isinstance(old, str) and dots > 0: old = dict(name=old)
+    same = isinstance(old, Mapping) and new.get('name', old.get('name')) == old.get('name')
+    kept = old if same and ('name' in old or dots > 0) else {}
+    return {**kept, **{k: _merge_value(kept.get(k), v, dots - 1) for k, v in new.items()}}
 
 # %% ../nbs/01_config.ipynb #1ae0c11a
 def _parse(override):
     "`'data.n=3'` as `{'data': {'n': 3}}`."
-    key, equals, _ = override.partition('=')
+    key, equals, value = override.partition('=')
     if not equals or not key.strip() or key.strip() != key or key.startswith('-'):
         raise InputError("an override cannot be read", found=repr(override), wanted="key=value",
                          remedy="write it like data.img_size=60 or method=csmae, without spaces around '='")
+    if re.match(r'\*|\{\w+\}\S', value): override = f'{key}={json.dumps(value)}' # a pattern of paths, no YAML
     try: return OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise InputError("an override cannot be read", found=repr(override),
@@ -198,13 +209,12 @@ def load_config(
     overrides:Sequence[str]=(), # 'key=value', e.g. 'data=store' or 'trainer.batch_size=32'
 ) -> DictConfig: # resolved and checked; unknown keys cannot be read or set
     "The config `name`, with `overrides`."
-    changes = [_parse(o) for o in overrides]
-    changes.sort(key=lambda o: not any(_swaps(k, v) for k, v in o.items()))   # choices before their keys
-    layers, cfg = [*_layers('base'), *_layers(name), *changes], {}
-    plugins = [o['plugins'] for o in layers if 'plugins' in o][-1] or []
+    changes = [(_parse(o), o.partition('=')[0].count('.')) for o in sorted(overrides, key=_rank)]
+    layers, cfg = [*((o, 0) for o in (*_layers('base'), *_layers(name))), *changes], {}
+    plugins = [o['plugins'] for o, _ in layers if 'plugins' in o][-1] or []
     load_installed()
     load_plugins(plugins)
-    for layer in layers: _merge(cfg, layer)
+    for layer, dots in layers: _merge(cfg, layer, dots)
     checked = {o: _check_group(o, cfg[o]) for o in GROUPS}
     rest = dict(seed=typed_value('seed', cfg['seed'], int), plugins=list(plugins))
     made = OmegaConf.create({**checked, **rest, 'out': str(cfg.get('out') or f'runs/{Path(name).stem}')})
@@ -214,8 +224,12 @@ def load_config(
     return resolved
 
 # %% ../nbs/01_config.ipynb #baae6982
-def _swaps(key, value):
-    return key in GROUPS and (isinstance(value, str) or isinstance(value, Mapping) and 'name' in value)
+def _rank(override):
+    "Where an override comes: groups that are exchanged, then parts, then arguments of parts."
+    key = override.partition('=')[0]
+    swaps = any(k in GROUPS and (isinstance(v, str) or isinstance(v, Mapping) and 'name' in v)
+                for k, v in _parse(override).items())
+    return not swaps, key.count('.') - key.endswith('.name')
 
 # %% ../nbs/01_config.ipynb #522bd34a
 def _absolute_paths(data):

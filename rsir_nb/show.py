@@ -17,7 +17,7 @@ from .style import THEMES
 from .sensors import BANDS, Sensor, get_sensor
 
 # %% auto #0
-__all__ = ['STRETCHES', 'Stretch', 'stretch_of', 'to_rgb', 'show_patch', 'show_grid', 'show_ranking']
+__all__ = ['STRETCHES', 'Stretch', 'stretch_of', 'to_rgb', 'show_patch', 'show_grid', 'show_ranking', 'show_sheet']
 
 # %% ../nbs/03_show.ipynb #ef1fa16e
 plt = lazy_import('matplotlib.pyplot')
@@ -218,3 +218,25 @@ def _framed(ax, card, colour, line, text, size):
     ax.spines[:].set(color=colour, linestyle=_DASHES[line], linewidth=2.5)
     caption = textwrap.shorten(card.caption, int(size*19), placeholder='…')
     ax.set_xlabel('\n'.join(filter(None, [text, caption])), fontsize=6.5, color=colour, linespacing=1.25)
+
+# %% ../nbs/03_show.ipynb #98d325b7
+def show_sheet(
+    rankings:Sequence[tuple], # (query, hits) each, as `show_ranking` takes them
+    size:float=0.95, # side of a picture, inches; made smaller where the figure would be wider than 7
+    title:str|None=None, # above all of them
+) -> np.ndarray: # the axes, (rankings, 1 + hits of the longest)
+    "Several queries and their hits, one query per row."
+    rows = [(as_cards([query])[0], as_cards(hits)) for query, hits in rankings]
+    if not rows: raise InputError("there are no rankings to show", wanted="one or more")
+    most = max(len(hits) for _, hits in rows)
+    size = min(size, 7/(most + 1))
+    fig = new_figure(size*(most + 1), len(rows)*(size + 0.36) + (0.25 if title else 0))
+    axes = fig.subplots(len(rows), most + 1, squeeze=False)
+    for (query, hits), row in zip(rows, axes, strict=True):
+        _framed(row[0], query, _INK, 'solid', 'query', size)
+        for ax, o in zip(row[1:], hits, strict=False):
+            _framed(ax, o, THEMES['light'][o.mark.key], o.mark.line, f"{o.rank} {o.mark.sign}", size)
+        for ax in row[1 + len(hits):]: ax.axis('off')
+    if title: fig.suptitle(title, fontsize=9, color=_INK)
+    tell(axes[0, 0], '. '.join([title or 'Rankings', *(f"{q.alt}: {summary(hits)}" for q, hits in rows)]))
+    return axes

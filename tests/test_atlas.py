@@ -3,6 +3,7 @@ import base64
 import json
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.evaluate import evaluate
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.train import pretrain
-from rsir_nb.gallery.atlas import atlas, atlas_body, class_scores, run_store, store_duplicates
+from rsir_nb.gallery.atlas import _ends, atlas, atlas_body, class_scores, run_store, store_duplicates
 from rsir_nb.gallery.labels import distance_densities, draw_pairs, label_counts, label_together, pair_distances
 from rsir_nb.gallery.projection import Projection, neighbour_map, principal_components, project
 from rsir_nb.gallery.scatter import EmbeddingMap
@@ -175,6 +176,21 @@ def test_labels_of_numbers_and_repeats():
     counts, (both, share) = label_counts(table), label_together(table)
     assert counts.patches.to_dict() == {"x": 2, "y": 1} and counts.share["x"] == 1
     assert both.loc["x", "y"] == 1 and share.loc["y", "x"] == 1 and share.loc["x", "y"] == 0.5
+    most, part = label_together(table, 1)
+    assert most.to_numpy().tolist() == [[2]] and part.to_numpy().tolist() == [[1]]
+
+
+def test_many_labels_make_no_square_of_all():
+    table = pd.DataFrame(dict(id=range(6000), labels=[[f"c{i}", f"c{(i + 1) % 6000}"] for i in range(6000)]))
+    tracemalloc.start()
+    both, share = label_together(table, 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert both.shape == (20, 20) and (np.diag(both) == 2).all() and peak < 6000**2/4   # a square of bytes is 36 MB
+    scores = pd.DataFrame(dict(queries=1, score=np.arange(6000.)))
+    some, words = _ends(scores)
+    assert some["score"].tolist() == [*range(50), *range(5950, 6000)] and "50 of 6,000" in words
+    assert _ends(scores[:100])[0] is not None and _ends(scores[:100])[1] == ""
 
 
 def test_duplicates_are_found(run, tmp_path):

@@ -10,7 +10,10 @@ from torch import nn
 
 from rsir_nb.core import BACKBONES, InputError, MissingFileError, UnknownNameError
 from rsir_nb.machine import declare_torchvision_ops
-from rsir_nb.models.backbones import IN_WEIGHTS, Backbone, make_backbone, remap_first_conv, timm_backbone
+from rsir_nb.models.backbones import Backbone, make_backbone, timm_backbone
+from rsir_nb.models.first_conv import IN_WEIGHTS, remap_first_conv
+from rsir_nb.models.tuning import blocks_of, choose_trainable, keep_still
+from rsir_nb.models.small import SmallBlock
 
 declare_torchvision_ops()
 import timm  # noqa: E402
@@ -36,7 +39,7 @@ def test_importing_the_page_does_not_import_timm():
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("spec", ["resnet18", "resnet34", "resnet50", "vit", SMALL, CONVNEXT,
+@pytest.mark.parametrize("spec", ["resnet18", "resnet34", "resnet50", "small_resnet", "vit", SMALL, CONVNEXT,
                                   dict(name="timm", model="vit_tiny_patch16_224")], ids=str)
 @pytest.mark.parametrize("chans", [1, 3, 10])
 def test_every_entry_embeds_any_bands(spec, chans):
@@ -51,7 +54,8 @@ def test_every_entry_embeds_any_bands(spec, chans):
 
 
 def test_what_is_registered_is_built_by_the_test_above():
-    assert set(BACKBONES.list()) == {"resnet18", "resnet34", "resnet50", "timm", "vit"}
+    ours = {"resnet18", "resnet34", "resnet50", "small_resnet", "timm", "vit"}
+    assert set(BACKBONES.list()) == ours | {"open_clip", "foundation", "shipped"} # of test_open_clip, test_pretrained
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
@@ -174,6 +178,48 @@ def test_weights_of_another_model_are_refused(made, asked, word, tmp_path):
     with pytest.raises(InputError, match="weights of another model.*" + word): timm_backbone(3, 64, asked, tmp_path / "w.safetensors")
 
 
+# own sizes, options, blocks -----------------------------------------------------------------------
+
+def test_without_a_size_it_is_that_of_the_model():
+    made = make_backbone(dict(name="timm", model="vit_tiny_patch16_384", options=dict(depth=1)), 3, None)
+    assert made.img_size == timm.get_pretrained_cfg("vit_tiny_patch16_384").input_size[-1] == 384
+    assert len(made.net.blocks) == 1 and made.about()["options"] == dict(depth=1)
+    with pytest.raises(InputError, match="no size of its own"): make_backbone("vit", 3, None)
+
+
+def test_options_keep_a_classifier_and_are_checked():
+    assert make_backbone(dict(name="timm", model="resnet18", options=dict(num_classes=7)), 3, 64).embed_dim == 7
+    with pytest.raises(InputError, match="no such option"): timm_backbone(3, 64, options=dict(depht=3))
+
+
+@pytest.mark.parametrize("spec,n", [("resnet18", 8), ("resnet50", 16), ("vit", 12), (SMALL, 1), (CONVNEXT, 4),
+                                    (dict(name="timm", model="vit_tiny_patch16_224"), 12), (dict(name="timm", model="swin_tiny_patch4_window7_224"), 4),
+                                    (dict(name="timm", model="tf_efficientnet_lite0"), 7), (dict(name="timm", model="eva02_tiny_patch14_224"), 12)], ids=str)
+def test_blocks_and_which_of_them_learn(spec, n):
+    size = 224 if "22" in str(spec) else 64
+    net = make_backbone(spec, 3, size)
+    assert len(blocks_of(net)) == n
+    before = {k for k, p in net.named_parameters() if p.requires_grad}
+    last = {id(p) for p in blocks_of(net)[-1].parameters()}
+    earlier = {id(p) for o in blocks_of(net)[:-1] for p in o.parameters()}
+    choose_trainable(net, 1)
+    learns = {k: p for k, p in net.named_parameters() if p.requires_grad}
+    assert set(learns) <= before and last & {id(p) for p in net.parameters()} <= {id(p) for p in learns.values()} | {id(p) for k, p in net.named_parameters() if k not in before}
+    assert not earlier & {id(p) for p in learns.values()}
+    assert {k for k, p in choose_trainable(make_backbone(spec, 3, size), "all").named_parameters() if p.requires_grad} == before
+    assert not any(p.requires_grad for p in choose_trainable(make_backbone(spec, 3, size), 0).parameters())
+    with pytest.raises(InputError, match=f"0 to {n} blocks"): choose_trainable(net, n + 1)
+
+
+def test_frozen_parts_keep_their_statistics():
+    net, x = keep_still(choose_trainable(make_backbone("resnet18", 3, 64), 2).train()), torch.randn(4, 3, 64, 64, generator=rng())
+    before = {k: v.clone() for k, v in net.named_buffers()}
+    net(x)
+    moved = {k.split(".")[1] for k, v in net.named_buffers() if not torch.equal(v, before[k])}
+    assert moved == {"layer4"}
+    assert not keep_still(choose_trainable(net, 0).train()).training
+
+
 # what is refused ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("spec,error,word", [
@@ -221,3 +267,28 @@ def test_any_module_with_a_width_is_a_backbone(monkeypatch):
     made = make_backbone(dict(name="means", width=6), 4, 32)
     assert isinstance(made, Backbone) and made(torch.zeros(2, 4, 32, 32)).shape == (2, 6)
     assert made.mean == (0.5,) * 4 and made.std is None and made.about()["name"] == "means"
+
+
+# a small ResNet -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n_in,n_out,stride", [(8, 8, 1), (8, 16, 1), (8, 16, 2)])
+def test_a_small_block_is_timms_basic_block(n_in, n_out, stride):
+    from timm.models.resnet import BasicBlock, downsample_avg
+    torch.manual_seed(0)
+    ours = SmallBlock(n_in, n_out, stride)
+    with torch.no_grad(): ours.body[-1][-1].weight.normal_()
+    other = None if n_in == n_out and stride == 1 else downsample_avg(n_in, n_out, 1, stride=stride)
+    theirs = BasicBlock(n_in, n_out, stride=stride, downsample=other)
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.randn(3, n_in, 11, 11)
+    for mode in (True, False): torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x))
+
+
+def test_a_small_resnet_embeds_images_of_any_size_as_it_embeds_them_alone():
+    encoder = make_backbone(dict(name="small_resnet", widths=[8, 16], blocks=[1, 2], stem=4), 3, 64).eval()
+    x = torch.randn(4, 3, 40, 52, generator=rng())
+    with torch.no_grad(): z = encoder(x)
+    assert z.shape == (4, 16) and sum(isinstance(o, SmallBlock) for o in encoder.modules()) == 3
+    with torch.no_grad(): torch.testing.assert_close(encoder(x.contiguous(memory_format=torch.channels_last)), z)
+    for bad in (dict(widths=[]), dict(widths=[8], blocks=[1, 1]), dict(widths=[8, 0]), dict(stem=0), dict(blocks=0)):
+        with pytest.raises(InputError, match="make no ResNet"): make_backbone(dict(name="small_resnet", **bad), 3, 64)

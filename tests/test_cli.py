@@ -52,7 +52,7 @@ def test_list_shows_every_kind_that_a_config_can_name():
     assert run.returncode == 0, run.stderr
     shown, *pages = run.stdout.split("\f\n")
     assert len(pages) == len(KINDS)
-    for kind, out in zip(KINDS, pages):
+    for kind, out in zip(KINDS, pages, strict=True):
         names = re.findall(r"^  (\w+) +\S", out.replace("  and any name", "and any name"), re.M)
         assert out.startswith(f"{kind}:") and names == sorted(parts[KINDS[kind]]), kind
         assert all(f"\n  {o} " in shown for o in names)

@@ -172,6 +172,9 @@ def test_batches_that_cannot_teach():
     method.fit_labels(archive)
     with pytest.raises(InputError, match="has no labels"): method.losses({m: batch[m] for m in ("s1", "s2")})
     with pytest.raises(InputError, match="3 columns.*19"): method.losses({**batch, "labels": batch["labels"][:, :3]})
+    known = torch.arange(len(batch["labels"])) != 1
+    with pytest.raises(InputError, match="every patch; found none on b;"):   # a row of zeros would mean no to every class
+        method.losses({**batch, "id": [*"abcdefgh"], "labelled": known})
     lone = {k: o[:1] for k, o in batch.items()}
     with pytest.raises(InputError, match="a batch of one place"): method.losses(lone)
     assert method.eval().losses(lone)["mim"].item() == 0

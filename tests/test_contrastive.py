@@ -1,9 +1,11 @@
 """Contrastive pairs: encoders, fusion, objectives, the classifier, search across sensors, and the archives of such pairs."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import log_loss
+from sklearn.metrics import f1_score, log_loss
 from torch.nn import functional as F
 
 from rsir_nb.config import load_config
@@ -11,8 +13,10 @@ from rsir_nb.core import InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.base import TensorArchive
 from rsir_nb.data.bigearthnet_tuples import BenTuplesLmdb, write_tuple_lmdbs
 from rsir_nb.data.folders import PairedFolders
+from rsir_nb.data.module import ArchiveData
 from rsir_nb.engine.encode import encode
-from rsir_nb.engine.evaluate import evaluate
+from rsir_nb.engine.evaluate import evaluate, evaluate_store
+from rsir_nb.engine.evaluation import load_evaluation
 from rsir_nb.engine.parts import load_method
 from rsir_nb.engine.stages import index_run
 from rsir_nb.engine.train import pretrain, read_history
@@ -184,7 +188,52 @@ def test_train_search_evaluate_by_config(tmp_path, encoder):
     assert len(hits.ids) == len(fused.ids) == 3 and "fused_of" in fused.table()
     result = evaluate(run, progress=False, baselines=["random"], drawings=50)
     assert "s1+s2" in str(result.table["direction"].unique())
-    assert load_method(run).distance == "chi2"
+    method = load_method(run)
+    assert method.distance == "chi2"
+    rows = np.flatnonzero(search.store.table["split"] == "test")
+    y = search.store.table["labels"].iloc[rows].map(lambda o: method.vocab and [c in o for c in method.vocab])
+    p = method.predict_classes({"s1+s2": torch.from_numpy(search.store.embeddings["s1+s2"][rows].astype("float32"))})
+    wanted = f1_score(np.array(y.tolist()), p.numpy() >= .5, average="macro", zero_division=0)
+    assert load_evaluation(run/"evaluation"/"csmae").about["classes"]["test"]["class_f1_macro"] == pytest.approx(wanted)
+
+
+def test_a_training_is_monitored_by_its_classifier(tmp_path):
+    few = ["data={name: synthetic, n_places: 12, patches_per_place: 2, img_size: 32}", *QUICK, "method.encoder=early",
+           "trainer.monitor=class_ranking_loss", f"out={tmp_path/'run'}"]
+    run = pretrain(load_config("contrastive", [*few, "method.loss=both"]), progress=False)
+    assert read_history(run)["val/class_ranking_loss"].dropna().between(0, 1).all()
+    told = json.loads((run/"finished.json").read_text())
+    best = read_history(run)["val/class_ranking_loss"].dropna().min()
+    assert told["monitor"] == "val/class_ranking_loss" and told["value"] == pytest.approx(best)
+    with pytest.raises(InputError, match="score of a classifier; found a method without one"):
+        pretrain(load_config("contrastive", [*few[:-1], f"out={tmp_path/'none'}"]), progress=False)
+
+
+def test_sensors_are_compared_beside_a_longer_fusion(tmp_path):
+    "A fused embedding of twice the length is searched by itself, and takes no direction from the sensors."
+    archive, method = SyntheticArchive(n_places=12, patches_per_place=2, img_size=SIDE), build(fusion="concat")
+    store = encode(method, archive, tmp_path/"codes", progress=False)
+    found = evaluate_store(store, drawings=20, metrics=["m2_wap", "m2_f1_at_rank"])
+    ways = {"s1->s1", "s1->s2", "s2->s1", "s2->s2", "s1+s2->s1+s2"}
+    assert set(found.table["direction"]) == ways and set(found.partners["direction"]) == {"s1->s2", "s2->s1"}
+    assert {"m2_wap", "m2_f1_at_rank"} <= set(found.table["metric"])
+    same = encode(build(fusion="sum"), archive, tmp_path/"sum", progress=False)
+    assert len(set(evaluate_store(same, drawings=20, metrics=[]).table["direction"])) == 9
+
+
+def test_sparse_labels_count_where_they_are_known(tmp_path):
+    "One labelled patch of ten: no batch loses the labels of the others, and one without any costs nothing."
+    x = images(40)
+    few = TensorArchive(x, sensors=SENSORS, labels=[["a", "b"] if i % 2 else ["a"] for i in range(40)], split=["train"]*40)
+    few.table["labels"] = [o if i < 4 else None for i, o in enumerate(few.table["labels"])]
+    method = build(loss="classification", vocab=["a", "b"])
+    method.start_training(few)
+    data = ArchiveData(few.subset(range(40)), batch_size=8, sampler=dict(name="epoch", shuffle=False), augment=False)
+    costs = [method.losses(o)["loss"].item() for o in data.batches()]
+    assert costs[0] > 0 and costs[1:] == [0]*4
+    first = next(iter(data.batches()))
+    part = {k: o[:4] for k, o in first.items() if k != "labelled"}   # eval mode: no statistics of the batch
+    assert method.eval().losses(first)["classification"].item() == pytest.approx(method.losses(part)["classification"].item(), rel=1e-5)
 
 
 def test_a_missing_sensor_is_marked_in_the_store(tmp_path):

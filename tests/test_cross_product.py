@@ -118,8 +118,9 @@ METRIC = dict(backbone=dict(name="vit", embed_dim=16, depth=1, num_heads=2))
 METRIC_SIZES = dict(margin=dict(METRIC, sizes=[16]), diva=dict(METRIC, sizes=[8]*4), divide_conquer=dict(METRIC, sizes=[8]*2),
                     bier=dict(METRIC, sizes=[8, 8]), sndl=dict(METRIC, sizes=[16]))
 PAIRS_OF = dict(METRIC, projection=dict(name="mlp", embed_dim=8))
+UNIVERSAL = dict(METRIC, neck=dict(name="projection", embed_dim=8), trainable="all", backbone_lr=1.)
 SIZES = dict(csmae=MAE, cmmae=MAE, duch_pairs=dict(TRANSFORMER, depth=1, n_bits=16), duch=dict(n_bits=16, hidden_dim=32),
-             contrastive=PAIRS_OF, cross_modal=PAIRS_OF, **METRIC_SIZES)
+             contrastive=PAIRS_OF, cross_modal=PAIRS_OF, universal=dict(UNIVERSAL, loss="supcon"), **METRIC_SIZES)
 ALONE = dict(cmr_weight=0, mim_weight=0)                    # of a masked autoencoder that sees one sensor
 NORM = dict(features=None, vessels="vessel", class_folders=None, image_list=None, vectors=None)
 OURS = {o for o in DATASETS.list() if DATASETS.get(o).__module__.startswith("rsir_nb.")}
@@ -134,7 +135,7 @@ def fits(archive, method):
     if method == "vectors": return None if units == {"feature"} else "takes vectors"
     if method in ("duch_pairs", "band_cca", "contrastive", "cross_modal") and n < 2: return "wants two sensors"
     if units == {"feature"}: return None if method in ("band_quantiles", "contrastive", "cross_modal", *METRIC_SIZES) else "vectors are no images"
-    if method in METRIC_SIZES and archive.vocab is None: return "wants labels"
+    if method in (*METRIC_SIZES, "universal") and archive.vocab is None: return "wants labels"
     return None
 
 
@@ -166,6 +167,7 @@ def test_one_step(archives, tmp_path, dataset, method):
         sizes |= dict(patch_size=16 if side % 15 else 15, norm=NORM.get(dataset, "ben_v2"))
         if len(archive.sensors) == 1 and method != "duch_pairs": sizes |= ALONE
     if method in METRIC_SIZES: sizes |= dict(norm=NORM.get(dataset, "ben_v2"))
+    if method == "universal" and dataset != "class_folders": sizes |= dict(norm=NORM.get(dataset, "ben_v2"))
     steps = ["optim.epochs=1", "optim.warmup_epochs=0", "optim.lr=1e-3", "trainer.batch_size=64", "trainer.train_split=null",
              "trainer.augment=false", "trainer.pictures=0", f"out={tmp_path/'run'}"]
     cfg = load_config("base", [f"method={method}", *steps])

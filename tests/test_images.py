@@ -325,10 +325,11 @@ def test_a_config_alone_trains_and_encodes_both_sensors(tmp_path):
     assert store.present("sar").all() and store.present("rgb").all() and len(store.table) == 8
 
 
-def test_files_without_partners_are_no_training_set(tmp_path):
+def test_files_without_partners_are_no_training_set(tmp_path, caplog):
     root = pairs(tmp_path/"pairs", 3)
     for i in range(3): (root/"sar"/f"p{i}.png").rename(root/"sar"/f"radar_{i}.png")
     archive = PairedFolders(root, sensors=dict(sar=GREY, rgb="rgb"))
+    assert "no file name is in two of the folders" in caplog.text and "sar: radar_0, radar_1, ...; rgb: p0" in caplog.text
     assert archive.coverage() == "sar 3, rgb 3, all of them 0 of 6 patches"
     with pytest.raises(InputError, match="nothing to learn from; found sar 3, rgb 3, all of them 0 of 6 patches"): ArchiveData(archive)
     with pytest.raises(InputError, match="no file name is in all the folders; found sar: radar_0"):
@@ -341,6 +342,42 @@ def test_a_sensor_that_no_patch_has(tmp_path):
     archive.table["modalities"] = [["rgb"]]*3
     with pytest.raises(InputError, match="no patch of the archive has sar; found sar 0, rgb 3, all of them 0 of 3 patches"):
         build_method(cfg, concat_archives([archive]))
+
+
+def test_radar_of_three_equal_bands(tmp_path):
+    grey = noise(24, 24)
+    for name, picture in dict(a=Image.fromarray(grey).convert("RGB"), b=Image.fromarray(grey).convert("RGBA"),
+                              c=Image.fromarray(grey)).items(): picture.save(tmp_path/f"{name}.png")
+    for name in "abc": assert np.array_equal(ImageFiles(GREY).read(tmp_path/f"{name}.png"), grey[None])
+    assert ImageFiles(GREY, img_size=12).read(tmp_path/"a.png").shape == (1, 12, 12)
+    Image.fromarray(np.stack([grey, grey, 255 - grey], -1)).save(tmp_path/"d.png")
+    with pytest.raises(InputError, match="d.png cannot be used as .*found colours, bands that differ"): ImageFiles(GREY).look(tmp_path/"d.png")
+    named = ImageFiles(GREY, bands=["amplitude", "G", "B"])   # a band that is named is taken
+    assert np.array_equal(named.read(tmp_path/"d.png"), grey[None])
+
+
+def test_a_pair_that_is_not_whole_is_named(tmp_path, caplog):
+    root = pairs(tmp_path/"pairs", 6)
+    for i in 1, 4: (root/"rgb"/f"p{i}.png").unlink()
+    assert len(ArchiveData(PairedFolders(root, sensors=dict(sar=GREY, rgb="rgb"))).train) == 4
+    assert "left out: p1, p4" in caplog.text
+
+
+def test_endings_in_capitals_and_tif_radar(tmp_path):
+    root = pairs(tmp_path/"pairs", 4)
+    for path in (root/"rgb").iterdir(): path.rename(path.with_suffix(".PNG"))
+    for path in (root/"sar").iterdir():
+        Image.open(path).save(path.with_suffix(".TIF"))
+        path.unlink()
+    archive = PairedFolders(root, sensors=dict(sar=GREY, rgb="rgb"))
+    assert len(archive) == 4 and archive.has("sar", "rgb").all() and archive[0]["sar"].shape[0] == 1
+
+
+def test_decibels_are_no_bytes(tmp_path):
+    write_tif(tmp_path/"a.tif", -25*np.random.default_rng(0).random((1, 8, 8)).astype("float32"))
+    with pytest.raises(InputError, match="wanted brightness 0..255; choose a sensor of another unit, e.g. unit: dB"):
+        ImageFiles(GREY).read(tmp_path/"a.tif")
+    assert ImageFiles(dict(bands=["amplitude"], unit="dB")).read(tmp_path/"a.tif").max() <= 0
 
 
 def test_options_are_given_by_sensor(tmp_path):

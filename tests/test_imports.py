@@ -58,7 +58,8 @@ def test_the_source_says_what_importing_everything_registers():
         found = registered_parts()[registry.kind]
         assert set(found) == set(mine), registry.kind
         for name, builder in mine.items():
-            assert found[name]["home"] == f"{builder.__module__}.{builder.__qualname__}"
+            own = builder.__qualname__.rpartition("<locals>.")[2] # what a function made inside another is called
+            assert found[name]["home"] == f"{builder.__module__}.{own}"
             assert found[name] == {**found[name], **registry.meta[name]}, "facts are literals that the source shows"
             assert registry.info(name)["description"] == found[name]["description"]
 

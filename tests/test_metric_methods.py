@@ -132,6 +132,40 @@ def test_images_that_share_nothing_cost_nothing_that_is_nan(tmp_path, name):
         assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_that_is_no_number_stops_the_training_with_its_id(tmp_path, name):
+    cfg = config(tmp_path/"run", name)
+    archive = build_archive(cfg.data)
+    method, batch = build_method(cfg, archive), batch_of(archive)
+    method.start_training(archive)
+    method.start_epoch(0)
+    batch["s2"] = batch["s2"].index_fill(0, torch.tensor([5]), float("nan"))
+    with pytest.raises(InputError, match=rf"no numbers; found {batch['id'][5]};"): method.losses(batch, torch.Generator())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_that_tell_nothing_apart_are_refused(tmp_path, name, caplog):
+    cfg = config(tmp_path/"run", name)
+    archive = build_archive(cfg.data)
+    method, first = build_method(cfg, archive), int(archive.class_counts().argmax())
+    alone = archive.subset(np.flatnonzero((archive.labels[:, first] == 1) & (archive.labels.sum(1) == 1)))
+    assert len(alone) > 1
+    with pytest.raises(InputError, match=f"two classes or more; found {archive.vocab.names[first]} alone"): method.start_training(alone)
+    none = archive.subset(range(8))
+    none.table["labels"] = [[] for _ in range(8)]
+    with pytest.raises(InputError, match="no image with a label"): method.start_training(none)
+
+
+def test_a_class_with_one_image_is_named(tmp_path, caplog):
+    cfg = config(tmp_path/"run", "margin")
+    archive = build_archive(cfg.data)
+    counts = archive.class_counts()
+    rare = int(np.flatnonzero(counts > 0)[0])
+    rows = np.r_[np.flatnonzero(archive.labels[:, rare])[:1], np.flatnonzero(archive.labels[:, rare] == 0)]
+    build_method(cfg, archive).start_training(archive.subset(rows))
+    assert f"have a single image, which is a positive of none: {archive.vocab.names[rare]}" in caplog.text
+
+
 # ---- what they have in common
 
 def test_a_frozen_backbone_stays(tmp_path):

@@ -13,6 +13,7 @@ from rsir_nb.metrics.labels import label_overlap, label_sizes, overlap_histogram
 from rsir_nb.metrics.measures import (acg_at_k, ap_at_k, f1_at_k, hit_at_k, label_set_scores,
                                        map_first_relevant, mmp_at_k, ndcg_at_k, precision_at_k, recall_at_k,
                                        tie_aware_ap, union_counts, union_scores, wap_at_k)
+from rsir_nb.metrics.named import make_metric, score_embeddings
 from rsir_nb.metrics.scores import METRICS, drop_own, get_metric, score_rankings, summarise
 from sklearn.metrics import average_precision_score, ndcg_score
 
@@ -416,6 +417,16 @@ def test_scores_of_a_classifier_against_torchmetrics(monkeypatch):
     assert found["ranking_loss"] == pytest.approx(float(tm.multilabel_ranking_loss(preds, target, 7)), rel=1e-5)
     assert found["label_ranking_average_precision"] == pytest.approx(
         float(tm.multilabel_ranking_average_precision(preds, target, 7)), rel=1e-5)
+    labelled = y.any(1)   # by name, images without labels do not count
+    part = page.classification_scores(y[labelled], p[labelled] >= 0.5) | page.class_ranking_scores(y[labelled], p[labelled])
+    for name, value in part.items():
+        named = make_metric(f"class_{name.replace('.', '_')}").metric
+        assert named.compute(y, p) == value and named.of == "classes"
+        assert (named.better == "lower") == (name in ("hamming_loss", "one_error", "coverage_error", "ranking_loss"))
+    assert score_embeddings(dict(s1=p), y, ["class_f2_micro"], probabilities=p) == {"class_f2_micro": part["f2.micro"]}
+    with pytest.raises(InputError, match="score of a classifier"): score_embeddings(dict(s1=p), y, ["class_f2_micro"])
+    with pytest.raises(InputError, match="no image with labels"): page.class_scores_of(0*y, p)
+    with pytest.raises(InputError, match="do not fit; found"): page.class_scores_of(y, p[:, :3])
     with pytest.raises(InputError, match="zeros and ones"): page.classification_scores(y*2, y)
     with pytest.raises(InputError, match="do not fit"): page.class_ranking_scores(y, p[:, :3])
     def missing(name): raise ModuleNotFoundError(name)

@@ -13,7 +13,7 @@ from rsir_nb.losses.miners import (AllPairs, DistanceWeighted, IntraRandom, Mult
 from rsir_nb.losses.pairs import (MINERS, as_vectors, check_batch, shared_counts, make_loss, make_miner, pair_counts,
                                   relations, to_pairs, to_triplets, vector_distances)
 
-NAMES = ["all_pairs", "semi_hard", "distance_weighted", "multi_label_semi_hard", "intra_random", "shuffled_labels"]
+NAMES = ["all_pairs", "random", "semi_hard", "distance_weighted", "multi_label_semi_hard", "intra_random", "shuffled_labels"]
 
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
@@ -123,6 +123,17 @@ def test_miners_give_positives_and_negatives(name, labels):
     if name == "intra_random": assert (overlap[a1, p] > 0).all() and (overlap[a2, n] > 0).all()
     elif name == "multi_label_semi_hard": assert (overlap[a2, n] < overlap[a1, p]).all()
     elif name != "shuffled_labels": assert (overlap[a1, p] > 0).all() and (overlap[a2, n] == 0).all() and (a1 != p).all()
+
+
+def test_random_triplets_are_drawn_evenly():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    a, p, n = make_miner(dict(name="random", per_anchor=6000))(embeddings(6), labels, rng())
+    assert set(a.tolist()) == {0, 1, 2, 3, 4}
+    for anchor, positives, negatives in (0, [1, 2], [3, 4, 5]), (3, [4], [0, 1, 2, 5]):
+        for drawn, allowed in (p, positives), (n, negatives):
+            share = drawn[a == anchor].bincount(minlength=6)/6000
+            wanted = torch.zeros(6).index_fill(0, torch.tensor(allowed), 1/len(allowed))
+            assert (share - wanted).abs().max() < 0.03
 
 
 def test_the_registry_holds_the_tested_miners(): assert set(MINERS.list()) == set(NAMES)

@@ -95,7 +95,8 @@ def test_only_patches_with_all_sensors():
     both = concat_archives([make(), radar])
     assert len(ArchiveData(both).train) == 20 and len(ArchiveData(both, modalities=["s1"]).train) == 24
     batch = next(ArchiveData(both, batch_size=24, modalities=["s1"]).batches())
-    assert set(batch) == {"id", "s1", "target", "row"}, "labels are given where all of a batch have them"
+    assert set(batch) == {"id", "s1", "labels", "labelled", "target", "row"}, "labels of the others are kept"
+    assert (batch["labelled"] == (batch["row"] < 20)).all() and (batch["labels"].sum(1) == batch["labelled"]).all()
     assert sorted(zip(batch["row"].tolist(), batch["id"], strict=True)) == list(enumerate(both.ids))
     assert all(batch["target"][batch["row"] >= 20] == -1) and all(batch["target"][batch["row"] < 20] >= 0)
     with pytest.raises(InputError, match="nothing to learn"): ArchiveData(both.subset(list("xyz")))
@@ -109,6 +110,22 @@ def test_collate():
     assert collate([a, b])["labels"].tolist() == [[1, 0], [0, 1]]
     del b["s2"], a["s1"]
     with pytest.raises(InputError, match="no sensor in common"): collate([a, b])
+
+
+def test_one_patch_without_labels_takes_them_from_no_other():
+    samples = [make()[i] for i in range(3)]
+    del samples[1]["labels"], samples[1]["target"]
+    batch = collate(samples)
+    assert batch["labels"].tolist() == [[1, 0], [0, 0], [1, 0]] and batch["labelled"].tolist() == [True, False, True]
+    assert batch["target"].tolist() == [0, -1, 0] and "labelled" not in collate(samples[::2])
+    assert "labels" not in collate(samples[1:2]) and collate(samples[1:2], n_classes=2)["labels"].tolist() == [[0, 0]]
+    x = dict(s1=np.zeros((6, 2, 8, 8), "float32") - 15)
+    known = TensorArchive(x, labels=[["a", "b"], ["b"], [], ["a"], [], []])
+    known.table["labels"] = [["a", "b"], ["b"], None, None, None, None]   # ambiguous for targets: labels alone
+    for archive in known, known.subset(range(6)):   # read at once, and patch by patch
+        batches = list(ArchiveData(archive, batch_size=2, sampler=dict(name="epoch", shuffle=False), augment=False).batches())
+        assert [o["labels"].shape for o in batches] == [(2, 2)]*3, "also where a whole batch has none"
+        assert ["labelled" in o for o in batches] == [False, True, True] and not batches[2]["labelled"].any()
 
 
 def test_patches_without_a_sensor_are_counted_in_the_log(caplog):

@@ -125,7 +125,8 @@ def test_names():
                         "map": "map", "partner_rank": "partner_rank", "nmi": "nmi"}.items():
         assert make_metric(name).label == label and is_metric(name)
     lower = {o for o in METRICS.list() if make_metric(o + ("@1" if o == "partner_r" else "")).mode == "min"}
-    assert lower == {"partner_rank", "m3_hamming_loss"}
+    assert lower == {"partner_rank", "m3_hamming_loss", *(f"class_{o}" for o in
+                     ("hamming_loss", "one_error", "coverage_error", "ranking_loss"))}
     for bad in "loss", "val/map", "": assert not is_metric(bad)
     for bad, told in {"ndgc@10": "did you mean ndcg", "partner_rr@1": "did you mean partner_r"}.items():
         with pytest.raises(UnknownNameError, match=told): make_metric(bad)

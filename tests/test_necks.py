@@ -13,7 +13,8 @@ def features(n=6, f=96): return torch.randn(n, f, generator=torch.Generator().ma
 
 @pytest.mark.parametrize("spec,width", [("projection", 64), ("pooling", 64), ("parts", 512), (None, 96), (dict(name="pooling", embed_dim=5), 5),
                                         (dict(name="parts", sizes=[3, 4]), 7), (dict(name="projection", embed_dim=9), 9),
-                                        ("relu", 128), ("mlp", 128), (dict(name="mlp", embed_dim=9, hidden_dim=5, layers=3, relu=True), 9)], ids=str)
+                                        ("relu", 128), ("mlp", 128), (dict(name="mlp", embed_dim=9, hidden_dim=5, layers=3, relu=True), 9),
+                                        (dict(name="mlp", layers=1, norm=True), 128)], ids=str)
 def test_every_neck_says_how_long_its_embeddings_are(spec, width):
     neck = make_neck(spec, 96).eval()
     assert neck(features()).shape == (6, width) and neck.embed_dim == width
@@ -62,6 +63,19 @@ def test_projection_heads():
     assert torch.allclose(relu(x), (x @ relu[0].weight.T + relu[0].bias).clamp(min=0), atol=1e-5)
     assert relu.nonnegative and mlp.nonnegative and not MlpNeck(96).nonnegative and (mlp(x) >= 0).all()
     assert torch.allclose(mlp(x)[:1], mlp(x[:1]), atol=1e-5)
-    for bad in dict(layers=1), dict(hidden_dim=0), dict(embed_dim=0):
+    for bad in dict(layers=0), dict(hidden_dim=0), dict(embed_dim=0):
         with pytest.raises(InputError, match="no multilayer perceptron"): MlpNeck(96, **bad)
     with pytest.raises(InputError, match="embed_dim 0"): ReluNeck(96, 0)
+
+
+def test_a_head_that_normalises_over_the_batch():
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)) + 3
+    head = MlpNeck(12, 8, layers=1, norm=True)
+    z = head(x)
+    linear = x @ head[0].weight.T + head[0].bias
+    wanted = (linear - linear.mean(0))/(linear.var(0, correction=0) + 1e-5).sqrt()
+    assert torch.allclose(z, wanted, atol=1e-5) and not head.nonnegative
+    assert not [k for k, _ in head.named_parameters() if not k.startswith("0.")], "no scale is learned"
+    head.eval()
+    assert torch.allclose(head(x)[:3], head(x[:3]), atol=1e-6), "embeddings do not depend on the batch"
+    assert (MlpNeck(12, 8, norm=True, relu=True)(x) >= 0).all()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core import InputError, RsirError, unknown_name
 from .checks import as_kept
-from .classes import DENSE_CLASSES, Labels, Vocab
+from .classes import DENSE_CLASSES, Labels, Vocab, stack_facts
 from .split_lists import split_name
 from ..sensors import Sensor, get_sensor
 from ..show import show_grid, stretch_of, to_rgb
@@ -150,11 +150,10 @@ def batch(self:TensorArchive,
     rows:Sequence[int], # B row numbers
 ) -> dict: # as `collate` makes it of the samples
     "Several samples at once."
-    at, facts = torch.as_tensor(rows), [self.classes_of(i) for i in rows]
+    at, known = torch.as_tensor(rows), self.known_labels
     arrays = {m: as_kept(torch.as_tensor(x)[at]) for m, x in self.arrays.items()}
-    shared = [k for k in facts[0] if all(k in o for o in facts)] if facts else []
-    return dict(id=[self.ids[i] for i in rows], row=at, **arrays,
-                **{k: torch.stack([o[k] for o in facts]) for k in shared})
+    facts = stack_facts([self.classes_of(i) for i in rows], known.width if known else 0)
+    return dict(id=[self.ids[i] for i in rows], row=at, **arrays, **facts)
 
 # %% ../../nbs/10_data.base.ipynb #89f53e59
 @patch

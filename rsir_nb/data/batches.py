@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from ..core import InputError
 from .base import Archive
 from .checks import as_kept
+from .classes import stack_facts
 from .transforms import is_image
 
 # %% ../../nbs/18a_data.batches.ipynb #51554038
@@ -41,18 +42,19 @@ def to_units(
     return {k: to_unit_values(x, *scales.get(k, (1, 0))) if is_image(x) else x for k, x in batch.items()}
 
 # %% ../../nbs/18a_data.batches.ipynb #60767668
-BATCH_FACTS = 'id', 'labels', 'target', 'row'
+BATCH_FACTS = 'id', 'labels', 'target', 'labelled', 'row'
 
 def collate(
     samples:Sequence[Mapping[str, Any]], # as an archive hands them out
     scales:Mapping[str, tuple[float, float]]|None=None, # modality -> scale and offset of its whole numbers
+    n_classes:int=0, # length of the labels of a batch in which no patch has any; 0 leaves them out
 ) -> dict[str, Any]: # id: list of B; modality: (B,C,H,W); labels: (B,L) float32; target, row: (B,) int64
     "One batch of `samples`; a batch that an archive has made itself stays as it is."
     if isinstance(samples, Mapping): return samples
-    keys = [k for k in samples[0] if k != 'id' and all(k in o for o in samples)]
+    keys = [k for k in samples[0] if k not in ('id', 'labels', 'target') and all(k in o for o in samples)]
     if not set(keys) - set(BATCH_FACTS):
         raise InputError("these patches have no sensor in common", found=[sorted(o) for o in samples[:3]])
-    batch = dict(id=[o['id'] for o in samples])
+    batch = dict(id=[o['id'] for o in samples], **stack_facts(samples, n_classes))
     for k in keys:
         shapes = {tuple(o[k].shape) for o in samples}
         if len(shapes) > 1:

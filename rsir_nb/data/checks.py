@@ -88,8 +88,10 @@ def _wrong_unit(x, unit):
         if low < -5000 or high > 70000: return f"{span}, nodata or another scale", want, "mask or rescale"
     if unit == 'byte':
         want = "brightness 0..255"
-        if high <= 1: return f"{span}, brightness as a fraction", want, "multiply by 255: scale=255"
-        if low < -64 or high > 320: return span, want, "choose a sensor of this unit, or rescale"
+        if 0 <= low and high <= 1:
+            return f"{span}, brightness as a fraction", want, "multiply by 255: scale=255"
+        if low < -64 or high > 320 or high <= 1:
+            return span, want, "choose a sensor of another unit, e.g. unit: dB for radar, or rescale"
     return None
 
 # %% ../../nbs/09_data.checks.ipynb #64c1d366

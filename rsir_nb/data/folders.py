@@ -94,12 +94,15 @@ def _must_meet(name, infos):
 
 def _names(found, only_complete):
     "The file names of all sensors; with `only_complete` those that every sensor has."
-    every = [set(infos) for infos in found.values()]
-    if not only_complete: return sorted(set.union(*every))
-    names = set.intersection(*every)
+    every, whole = [set(infos) for infos in found.values()], set().union(*found.values())
+    names = set.intersection(*every) if only_complete else whole
+    some = '; '.join(f"{m}: {', '.join(sorted(o)[:2])}, ..." for m, o in found.items())
+    if len(every) > 1 and len(whole) == sum(map(len, every)) and not only_complete:
+        log.warning("no file name is in two of the folders, so there are no pairs: %s", some)
     if names: return sorted(names)
-    raise InputError("no file name is in all the folders", wanted="the same name for the same place",
-                     found='; '.join(f"{m}: {', '.join(sorted(o)[:2])}, ..." for m, o in found.items()))
+    raise InputError("no file name is in all the folders", found=some,
+                     wanted="the same name for the same place",
+                     remedy="pair names that differ by data.pattern and data.tokens")
 
 def _pairs(found, only_complete, skips):
     "file name -> modality -> what the file says, from modality -> file name -> the same."
@@ -135,7 +138,15 @@ def _table_of_pairs(infos, files):
     return table.join(image_places([info for _, info in firsts], next(iter(files.values()))))
 
 # %% ../../nbs/17_data.folders.ipynb #6d0b1fa9
-def _by_stem(home): return {path: path.stem for path in find_files(home, _IMAGES)}
+def _by_stem(home):
+    "Image file -> its name without ending; two files of one name raise."
+    found = {}
+    for path in find_files(home, _IMAGES):
+        other = found.setdefault(path.stem, path)
+        if other != path: raise InputError(f"two files in {home} have the name {path.stem}",
+            found=f"{other} and {path}", wanted="one file per place",
+            remedy="take one of them away, or tell them apart by data.pattern")
+    return {path: name for name, path in found.items()}
 
 def _with_places(table, places, split, seed):
     "The table with the places that a pattern found, and with splits of them; a pair without one is its own."
@@ -182,12 +193,9 @@ class PairedFolders(Archive):
         super().__init__(_with_places(table, places, split, seed), sensors)
 
     def _look(self, modality, what, paths, check, skips):
-        files, infos, names = self.files[modality], {}, set()
-        for path, name in tqdm(paths.items(), desc=modality, disable=len(paths) < 10_000):
-            with skips.guard(path):
-                if name in names: raise InputError(f"{what} has the name {name} twice", found=path)
-                infos[path] = files.look(path, check)
-                names.add(name)
+        files, infos = self.files[modality], {}
+        for path in tqdm(paths, desc=modality, disable=len(paths) < 10_000):
+            with skips.guard(path): infos[path] = files.look(path, check)
         infos = keep_usable(infos, files, skips, what, len(paths))
         return {paths[path]: info for path, info in infos.items()}
 

@@ -12,11 +12,12 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError, RsirError, unknown_name
-from .bands import (RasterInfo, choose_bands, file_bands, is_grey, reading_options, scaling_of,
-                                to_unit)
+from .bands import (RasterInfo, choose_bands, file_bands, is_grey, is_picture, reading_options,
+                                scaling_of, to_unit)
 from .checks import FITS, as_kept, check_patch, square_part, to_square
 from .files import SkipList
 from .rasters import (LARGE, check_pixels, fill_nodata, footprints, open_strips, raster_info,
@@ -86,31 +87,27 @@ class ImageFiles:
         if self.grey and is_grey(info, self.sensor): return info
         return replace(info, bands=file_bands(info, self.bands or (None if info.named else self.unnamed)))
 
-    def part(self, info:RasterInfo) -> tuple[int, int, int, int]:
-        "First row, first column, height and width of what is used of a file, in its pixels."
-        if self.img_size is None: return 0, 0, info.height, info.width
-        return square_part(info.height, info.width, self.img_size, self.fit)
-
     def look(self, path:str|Path, check:bool=False) -> RasterInfo:
         "What the header says, if the file can be used; with `check` the pixels are read too."
         info = self.info(path)
-        choose_bands(info, self.sensor, grey=self.grey)
+        unlike = len(self.channels(info)) > self.sensor.in_chans # grey or colour, which the pixels tell
         scaling_of(info, *self.scaling, self.sensor)
         self.part(info)
         if self.img_size is None: check_pixels(path, info.height, info.width)
-        if check: self.read(path)
+        if check or unlike: self.read(path)
         return info
 
     def read(self, path:str|Path) -> Tensor:
         "A file as a patch in the sensor's unit, (C,H,W), checked; whole numbers that need no change stay."
         info, unit = self.info(path), self.sensor.unit
-        channels = choose_bands(info, self.sensor, grey=self.grey)
+        channels = self.channels(info)
         scaling, size = scaling_of(info, *self.scaling, self.sensor), self.img_size
         large = size is not None and info.height*info.width > LARGE
         if large:
             told = info.nodata, unit == 'byte'
             raw, missing = read_reduced(info, channels, self.part(info), size, scaling, *told)
         else: raw, missing = read_bands(info, channels, info.nodata, black=unit == 'byte', alone=True)
+        if len(channels) > self.sensor.in_chans: raw, missing = _grey(raw, path, self.sensor), missing[:1]
         if missing.all() and (large or raw.any()):
             raise InputError(f"{path} is empty", found="no data in any pixel")
         kept = large or scaling == (1, 0)
@@ -119,6 +116,35 @@ class ImageFiles:
         check_patch(x, self.sensor, str(path))
         if size is not None: return to_square(x, size, unit, 'stretch' if large else self.fit)
         return as_kept(np.ascontiguousarray(x))
+
+# %% ../../nbs/10h_data.images.ipynb #994ab4b1
+@patch
+def channels(self:ImageFiles,
+    info:RasterInfo, # of the file
+) -> list[int]: # band numbers, from 0
+    "Which bands of a file are read, from 0; all three of a picture for a sensor with one band."
+    images = [i for i, name in enumerate(info.bands) if name != 'alpha']
+    colours = [info.bands[i] for i in images] == ['R', 'G', 'B'] and is_picture(info.path)
+    if colours and self.sensor.in_chans == 1 and self.sensor.bands[0] not in info.bands: return images
+    return choose_bands(info, self.sensor, grey=self.grey)
+
+@patch
+def part(self:ImageFiles,
+    info:RasterInfo, # of the file
+) -> tuple[int, int, int, int]: # first row, first column, height, width
+    "First row, first column, height and width of what is used of a file, in its pixels."
+    if self.img_size is None: return 0, 0, info.height, info.width
+    return square_part(info.height, info.width, self.img_size, self.fit)
+
+# %% ../../nbs/10h_data.images.ipynb #bb8f529d
+def _grey(raw, path, sensor):
+    "The first of three equal bands; the rounding of a JPEG is passed over."
+    apart = int(np.ptp(raw.astype(np.int64), axis=0).max())
+    if apart <= 2: return raw[:1]
+    raise InputError(f"{path} cannot be used as {sensor.name}",
+                     found=f"colours, bands that differ by up to {apart}",
+                     wanted=f"one band, {sensor.band_list}, or three equal ones",
+                     remedy="choose a sensor with three bands such as rgb, or name one by bands=[...]")
 
 # %% ../../nbs/10h_data.images.ipynb #b9be28fa
 def _of_one_size(infos, files, skips):

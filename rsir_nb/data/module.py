@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
@@ -59,13 +60,17 @@ class ArchiveData(pl.LightningDataModule):
     def _whole(self, archive):
         mask = archive.has(*self.modalities)
         if mask.all(): return archive
-        if mask.any(): log.warning("%d of %d patches are used, those with %s; the archive has %s", mask.sum(),
-                                   len(mask), ' and '.join(self.modalities), archive.coverage())
+        lost = [archive.ids[i] for i in np.flatnonzero(~mask)]
+        more = f", and {len(lost) - 3:,} more" if lost[3:] else ''
+        told = "%d of %d patches are used, those with %s; the archive has %s; left out: %s%s"
+        if mask.any(): log.warning(told, mask.sum(), len(mask), ' and '.join(self.modalities),
+                                   archive.coverage(), ', '.join(lost[:3]), more)
         return archive.subset(mask)
 
     def _loader(self, archive, sampler):
+        n_classes = archive.known_labels.width if archive.known_labels else 0
         return DataLoader(ArchiveRows(archive, self.modalities), self.batch_size, sampler=sampler,
-                          collate_fn=partial(collate, scales=archive.stored_scales),
+                          collate_fn=partial(collate, scales=archive.stored_scales, n_classes=n_classes),
                           num_workers=self.num_workers, persistent_workers=self.num_workers > 0,
                           pin_memory=torch.cuda.is_available(),
                           generator=torch.Generator().manual_seed(self.seed))

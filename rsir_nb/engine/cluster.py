@@ -113,9 +113,9 @@ def _shards_on_ray(run_dir, archive, store, plan, address, progress):
     _collect(ray, refs, sum(min(size, len(archive) - i) for i in starts), 'encode', progress)
 
 # %% ../../nbs/79a_engine.cluster.ipynb #27366718
-def _score(name, path, kind, across, number, protocol, depth, metrics, seed):
+def _score(name, path, kind, number, protocol, depth, metrics, seed):
     "One system in direction number `number`."
-    system = System(name, CodeStore.open(path), kind, across=across)
+    system = System(name, CodeStore.open(path), kind)
     d = directions(system.store, protocol)[number]
     return replace(score_direction(system, d, get_protocol(protocol).ks, depth, metrics, seed), system=None)
 
@@ -131,14 +131,13 @@ def evaluate_on_ray(
     address:str|None=None, # host:port of the cluster's head; None uses what is running, or starts here
 ) -> pd.DataFrame: # as `tabulate` makes it
     "The scores of a store's codes and embeddings in all directions."
-    one_width = len({z.shape[1] for z in store.embeddings.values()}) <= 1
     kinds = [o for o, there in dict(binary=store.n_bits, float=len(store.embeddings)).items() if there]
     metrics = metrics and list(dict.fromkeys(['map', *metrics]))
-    systems = [System(name, store, o, across=o == 'binary' or one_width) for o in kinds]
+    systems = [System(name, store, o) for o in kinds]
     found = directions(store, protocol)
-    todo = [(s, i) for s in systems for i, d in enumerate(found) if d.source == d.target or s.across]
+    todo = [(s, i) for s in systems for i, d in enumerate(found) if s.compares(d)]
     ray, path = start_ray(address), str(Path(store.path).absolute())
     task = ray.remote(max_retries=3)(_score)
-    refs = [task.remote(name, path, s.kind, s.across, i, protocol, depth, metrics, seed) for s, i in todo]
+    refs = [task.remote(name, path, s.kind, i, protocol, depth, metrics, seed) for s, i in todo]
     results = _collect(ray, refs, len(refs), 'evaluate', False)
     return tabulate([replace(o, system=s) for o, (s, _) in zip(results, todo, strict=True)], drawings, seed)

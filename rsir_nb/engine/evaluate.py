@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 from ..config import load_run_config, register_schema, to_dict
 from ..core import METHODS, InputError, check_arguments, read_json
 from ..data.base import Archive, concat_archives
+from .classes import classify_store
 from .encode import encode, encode_run
 from .evaluation import SCORE_COLUMNS, Evaluation, arrows, load_evaluation
 from .latency import time_searches
 from .protocols import (Protocol, System, directions, get_protocol, has_labels, make_index,
                                       partner_directions, store_labels)
 from .scoring import Result, compare, score_direction, score_pairs, tabulate, tabulate_pairs
-from .parts import build_archive, build_method, split_of, trainer_config
+from .parts import build_archive, build_method, load_method, split_of, trainer_config
 from ..methods.base import Method
 from ..retrieval.codes import CodeStore
 from ..metrics.judging import LabelSets
@@ -39,8 +40,7 @@ def _work(systems, protocol):
         key = id(system.store)
         if key not in labels: labels[key] = store_labels(system.store)
         for j, d in enumerate(directions(system.store, protocol, labels[key])):
-            if d.source == d.target or system.across or system.kind == 'random':
-                found.append(((i, d.target, j), system, key, d))
+            if system.compares(d): found.append(((i, d.target, j), system, key, d))
     sets = {key: LabelSets(raw) for key, raw in labels.items()}
     return [((i, j), system, sets[key], d) for (i, _, j), system, key, d in sorted(found, key=lambda o: o[0])]
 
@@ -77,7 +77,8 @@ def _stack(tables):
 # %% ../../nbs/74a_engine.evaluate.ipynb #d6b437be
 def _by_labels(systems, ours, protocol, depths, depth, drawings, metrics, seed, memory_mb, progress):
     "Tables, single queries, margins and speed of all systems in all directions, by labels."
-    work, metrics = _work(systems, protocol), metrics and list(dict.fromkeys(['map', *metrics]))
+    work = _work(systems, protocol)
+    metrics = None if metrics is None else list(dict.fromkeys(['map', *metrics]))
     tables, queries, margins, speed, ks = {}, {}, {}, [], get_protocol(protocol).ks
     with tqdm(total=sum(len(d.queries) for *_, d in work), unit='query', disable=not progress) as bar:
         for at, system, labels, d, index in _with_indexes(work):
@@ -92,10 +93,10 @@ def _by_labels(systems, ours, protocol, depths, depth, drawings, metrics, seed, 
 
 def _by_partners(systems, protocol, drawings, seed, progress):
     "Results and directions of all systems between sensors, their table and single queries; or nothing."
-    some = [o for o in systems if o.kind != 'random' and o.across]
-    work = [(o, d) for o in some for d in partner_directions(o.store, protocol)]
+    some = [o for o in systems if o.kind != 'random']
+    work = [(o, d) for o in some for d in partner_directions(o.store, protocol) if o.compares(d)]
     if not work: return [], None, None
-    work += [(System('chance', systems[0].store, 'random'), d) for o, d in work if o is some[0]]
+    work += [(System('chance', systems[0].store, 'random'), d) for o, d in work if o is work[0][0]]
     found, bar = [], tqdm(work, unit='direction', disable=not progress)
     for system, d in bar:
         bar.set_description(f"{system.name}, {system.kind}, {arrows(d.name)}, partners")
@@ -136,8 +137,7 @@ def evaluate_store(
 
 def _own_systems(store, name):
     kinds = dict(binary=store.n_bits, float=len(store.embeddings))
-    one_width = len({z.shape[1] for z in store.embeddings.values()}) <= 1
-    return [System(name, store, kind, across=kind == 'binary' or one_width) for kind, n in kinds.items() if n]
+    return [System(name, store, kind) for kind, n in kinds.items() if n]
 
 def _without_labels(found, store, ours, drawings, seed):
     "What `_by_labels` gives, of partners: no table and no single queries."
@@ -202,7 +202,8 @@ def _encoded(name, cfg, archive, protocol, folder, progress):
     method, o = make_baseline(name, cfg, archive), get_protocol(protocol)
     if 'split' in archive.table and archive.table['split'].notna().any():
         archive = concat_archives([archive.split(s) for s in dict.fromkeys([o.query, o.archive])])
-    path, across = folder/f'{name}_{o.query}_{o.archive}', not isinstance(method.embed_dim, Mapping)
+    path = folder/f'{name}_{o.query}_{o.archive}'
+    across = name == 'untrained' or not isinstance(method.embed_dim, Mapping)
     store = encode(method, archive, path, progress=progress, **to_dict(cfg.encode))
     return System(name, store, 'float', method.distance, across)
 
@@ -253,19 +254,29 @@ def evaluate(
     systems = _systems(o.baselines, cfg, archive, store, o.protocol, run_dir/'baselines', progress)
     found = evaluate_store(store, o.protocol, cfg.method.name, systems, o.depth, o.drawings, o.metrics,
                            cfg.seed, o.memory_mb, progress, sorted(set(o.ks)), o.partners)
-    found.about['job'] = job
-    found.about['warning'] = _saw_labels(run_dir, cfg, archive, get_protocol(o.protocol))
+    found.about['job'], rules = job, get_protocol(o.protocol)
+    classes = _classifier_scores(run_dir, cfg, store, rules)
+    found.about |= dict(classes=classes, warning=_saw_labels(run_dir, cfg, archive, rules, bool(classes)))
     if found.about['warning']: log.warning("%s", found.about['warning'])
     found.save(folder)
     return found
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #b04d47df
-def _saw_labels(run_dir, cfg, archive, protocol):
+def _classifier_scores(run_dir, cfg, store, protocol):
+    "Scores of the run's classifier on the splits of the protocol; None without a classifier or labels."
+    if not hasattr(METHODS.get(cfg.method.name), 'predict_classes') or not has_labels(store): return None
+    method = load_method(run_dir)
+    if not method.classifies or not store.embeddings: return None
+    try: return classify_store(method, store, list(dict.fromkeys([protocol.query, protocol.archive])))
+    except InputError as e: log.warning("the classifier is not scored: %s", e)
+
+def _saw_labels(run_dir, cfg, archive, protocol, classifies=False):
     "A warning if labels of the queries were learned from; else nothing."
     heads, method = run_dir/'hash'/'finished.json', to_dict(cfg.method)
     told = read_json(heads) if heads.is_file() else {}
     used = [k for k in ('zero_one', 'supervised') if told.get(k)]
     used += ['supervised_weight'] if method.get('supervised_weight') else []
+    used += ['the classifier'] if classifies else []
     train = trainer_config(cfg).train_split
     splits = archive.table.get('split')
     whole = train is None or splits is None or splits.isna().all()

@@ -36,19 +36,23 @@ class RetrievalMonitor:
     def add(self,
         rows:Tensor, # rows of the archive, (B,)
         z:dict[str, Tensor], # modality -> embeddings, (B,D)
+        probabilities:Tensor|None=None, # of each class, (B,L), of a method with a classifier
     ):
         "Take a batch."
-        self.parts.append((rows.cpu().numpy(), {m: o.float().cpu().numpy() for m, o in z.items()}))
+        p = None if probabilities is None else probabilities.float().cpu().numpy()
+        self.parts.append((rows.cpu().numpy(), {m: o.float().cpu().numpy() for m, o in z.items()}, p))
 
     def scores(self,
         distance:str='cosine', # how the embeddings are compared
     ) -> dict[str, float]: # metric -> value
         "The metrics of all rows that were taken, from all processes; then none are left."
         parts, self.parts = _from_all(self.parts), []
-        rows = np.concatenate([o for o, _ in parts])
+        rows = np.concatenate([o for o, *_ in parts])
         _, first = np.unique(rows, return_index=True) # processes share rows where they do not come out even
-        z = {m: np.concatenate([o[m] for _, o in parts])[first] for m in parts[0][1]}
-        return self.score(z, self.archive.subset(rows[first].tolist()), self.names, distance)
+        z = {m: np.concatenate([o[m] for _, o, _ in parts])[first] for m in parts[0][1]}
+        more = {} if parts[0][2] is None else dict(
+            probabilities=np.concatenate([p for *_, p in parts])[first])
+        return self.score(z, self.archive.subset(rows[first].tolist()), self.names, distance, **more)
 
 # %% ../../nbs/70a_engine.loop.ipynb #3e7e78fc
 def _from_all(parts):
@@ -129,7 +133,9 @@ def validation_step(self:Training,
     terms = self.method.losses(batch, generator=self.method.step_generator('val', 0, batch_idx))
     self.log_dict({f'val/{k}': v.detach() for k, v in terms.items()}, on_epoch=True, sync_dist=True,
                   batch_size=_size(self.method, batch))
-    if self.monitor: self.monitor.add(batch['row'], self.method.embed(batch))
+    if not self.monitor: return
+    z, method = self.method.embed(batch), self.method
+    self.monitor.add(batch['row'], z, method.predict_classes(z) if method.classifies else None)
 
 @patch
 def on_validation_epoch_end(self:Training):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,20 @@ import torch
 from omegaconf import DictConfig
 
 from ..config import group_arguments, group_kwargs, register_schema, to_dict
-from ..core import DATASETS, METHODS, InputError, RsirError, legal_arguments
+from ..core import DATASETS, METHODS, InputError, Registry, RsirError, legal_arguments
 from ..data.augment import make_augment
 from ..data.base import Archive
 from ..data.samplers import make_sampler
 from ..methods.base import Method
-from ..methods.inputs import knows_bands
+from ..methods.inputs import knows_bands, make_sensors
 from ..methods.optim import OptimConfig
 from ..metrics.named import check_metrics, is_metric, make_metric
 from ..rundir import method_folder
+from ..typed import make_part
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'build_archive', 'TrainerConfig', 'trainer_config', 'split_of', 'build_method', 'monitored',
-           'describe_training', 'load_method']
+__all__ = ['PRECISIONS', 'CALLBACKS', 'build_archive', 'TrainerConfig', 'trainer_config', 'make_callbacks', 'split_of',
+           'build_method', 'monitored', 'describe_training', 'load_method']
 
 # %% ../../nbs/70_engine.parts.ipynb #344a4944
 @contextmanager
@@ -77,6 +79,7 @@ class TrainerConfig:
     patience:int|None = None # validations without a better one after which training stops; None for never
     log_every:int = 1 # steps between two rows of metrics.csv
     pictures:int = 1 # epochs from one picture of reconstructions to the next; 0 for none
+    callbacks:Any = () # what else is done in each epoch: names of `CALLBACKS`, or {name:, ...}
     wandb:str = 'off' # 'off', 'offline', or 'online', which is offline where there is no login or network
 
     def __post_init__(self):
@@ -108,6 +111,17 @@ def trainer_config(
     "How the run that `cfg` describes goes over its data."
     return TrainerConfig(**to_dict(cfg.trainer))
 
+# %% ../../nbs/70_engine.parts.ipynb #5b415864
+CALLBACKS = Registry('callback')
+
+def make_callbacks(
+    spec:Any, # a name of `CALLBACKS`, {'name': ..., its own arguments}, or a list of them; None for none
+    **given, # what a builder may ask for: archive=, run_dir=, seed=
+) -> list: # of Lightning callbacks
+    "Build the callbacks that a config names."
+    specs = [spec] if isinstance(spec, (str, Mapping)) else spec or ()
+    return [make_part(CALLBACKS, o, **given) for o in specs]
+
 # %% ../../nbs/70_engine.parts.ipynb #e59d3c78
 def split_of(
     archive:Archive, # with or without splits
@@ -137,7 +151,7 @@ def build_method(
     arguments = {**{k: v for k, v in derived.items() if k in legal},
                  **{k: v for k, v in kwargs.items() if v is not None or k not in derived}}
     fitted = _needs_fit(name, arguments, archive)
-    if fitted: arguments['norm'] = None
+    if fitted: arguments['norm'] = _no_norm(arguments.get('sensors', archive.sensors))
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         with _told(f"the method {name!r} cannot be built so", 'method'):
@@ -182,6 +196,10 @@ def _needs_fit(name, arguments, archive):
     log.info("the table %r does not know all bands: method.norm=fit is used", given)
     return True
 
+def _no_norm(sensors):
+    "Statistics that change nothing, in place of those that are computed later."
+    return {m: dict.fromkeys(s.bands, (0., 1.)) for m, s in make_sensors(sensors).items()}
+
 def _fit_norm(method, train, n=2048):
     "Means and standard deviations of the training split."
     method.fit_norm(train, n)
@@ -220,7 +238,8 @@ def describe_training(
     make_augment(o.augment)
     if o.val_split:
         val, (name, mode) = split_of(archive, o.val_split), monitored(o)
-        if is_metric(name.removeprefix('val/')): check_metrics([name.removeprefix('val/')], val)
+        known = name.removeprefix('val/')
+        if is_metric(known): check_metrics([known], val, method.classifies)
         told['validation'] = f"{len(val):,} patches; the best epoch by {name}, {mode}"
     told['images'] = f"{method.img_size} x {method.img_size} pixels{f', tokens of {patch}' if patch else ''}"
     told['method'] = f"{type(method).__name__}, embeddings of {method.embed_dim} numbers"

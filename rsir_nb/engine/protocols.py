@@ -39,6 +39,7 @@ PROTOCOLS = dict(
     leave_one_out=Protocol('test', 'test', (1, 2, 4, 8), 'multi-task comparison (CV4RS)', leave_out=True),
     train_test=Protocol('train', 'test', (8, 16, 32, 64, 128), 'contrastive CBIR'),
     vdd=Protocol('query', 'archive', (10,), 'DA4DTE vessels'),
+    unifex=Protocol('query', 'index', (5,), 'UniFEx, scored by mMP@5'),
     leave_group_out=Protocol('test', 'test', (10,), 'patches that were cut from few scenes', leave_out=True,
                              exclude_group='place'))
 
@@ -175,6 +176,14 @@ class System:
     def n_bits(self) -> int:
         "Length of a code; 0 for what is no code."
         return self.store.n_bits if self.kind == 'binary' else 0
+
+    def compares(self,
+        d:Direction, # e.g. from s1 to s2
+    ) -> bool: # True within a sensor
+        "Whether queries and items of a direction can be compared."
+        if d.source == d.target or self.kind == 'random': return True
+        z = self.store.codes if self.kind == 'binary' else self.store.embeddings
+        return self.across and z[d.source].shape[1] == z[d.target].shape[1]
 
     def vectors(self,
         sensor:str, # e.g. 's1'

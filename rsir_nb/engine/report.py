@@ -22,7 +22,7 @@ from ..data.base import Archive
 from .encode import encode_run, skipped_patches
 from .evaluate import evaluate
 from .evaluation import arrows
-from .progress import loss_curves, reconstructions
+from .progress import epoch_views, loss_curves, reconstructions
 from .protocols import (Direction, System, directions, group_parts, has_labels,
                                       partner_directions, rank_direction, store_labels)
 from .retriever import open_search
@@ -117,9 +117,10 @@ def _curves(evaluation):
             f"chance is what a random order gives.</p>\n{''.join(parts)}")
 
 def _training(run_dir):
-    "Loss curve and reconstructions, where the method was trained."
+    "Loss curve and pictures of the epochs, where the method was trained."
     if not (run_dir/'metrics.csv').is_file(): return ''
-    return f"<h2>Training</h2>\n{html_figure(loss_curves(run_dir))}{reconstructions(run_dir)}"
+    pictures = reconstructions(run_dir) + epoch_views(run_dir)
+    return f"<h2>Training</h2>\n{html_figure(loss_curves(run_dir))}{pictures}"
 
 
 # %% ../../nbs/76_engine.report.ipynb #0457265c

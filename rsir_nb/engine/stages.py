@@ -13,7 +13,7 @@ from typing import Callable
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import load_config, load_run_config, to_dict
-from ..core import DATASETS, read_json, write_json
+from ..core import DATASETS, METHODS, read_json, write_json
 from ..data.base import Archive
 from ..data.layouts import write_v2_lmdb
 from ..data.store import PatchStore, write_store
@@ -76,16 +76,10 @@ def demo(
     cfg:DictConfig|None=None, # of `load_config('demo')`, perhaps with changes
     progress:bool=True, # show progress bars
 ) -> Path: # the report, `cfg.out`/report.html
-    "Run the whole system on a simulated archive; called again, go on or say that it is done."
+    "Run the whole system on an archive that needs no download; called again, go on or say that it is done."
     cfg = load_config('demo') if cfg is None else cfg
     run, start = Path(cfg.out), time.time()
-    steps = [
-        ("simulate, write as BigEarthNet v2, convert", lambda: make_demo_store(cfg, run, progress)),
-        ("pre-train CSMAE",                            lambda: pretrain(_on_store(cfg), progress=progress)),
-        ("train the hash heads",                       lambda: train_hash(run, progress=progress)),
-        ("encode and index",                           lambda: index_run(run, progress=progress)),
-        ("evaluate four directions beside baselines",  lambda: evaluate(run, progress=progress)),
-        ("write the report",                           lambda: write_report(run, progress=progress))]
+    steps = _steps(cfg, run, progress)
     report, done = run/'report.html', run/'demo.json'
     if done.is_file() and report.is_file() and read_json(done)['config'] == to_dict(cfg):
         log.info("the demo is done: open %s", report)
@@ -98,6 +92,18 @@ def demo(
     return report
 
 # %% ../../nbs/77_engine.stages.ipynb #5fb2fc4c
+def _steps(cfg, run, progress):
+    "What a demo does, in words and as calls; without simulation and training where there are none."
+    simulated, name, o = cfg.data.name == 'synthetic', cfg.method.name, dict(progress=progress)
+    trained, on = METHODS.get(name).needs_training, _on_store(cfg) if simulated else cfg
+    return [
+        *[("simulate, write as BigEarthNet v2, convert", lambda: make_demo_store(cfg, run, **o))]*simulated,
+        (f"{'pre-train' if trained else 'prepare'} {name}", lambda: pretrain(on, **o)),
+        *[("train the hash heads",                          lambda: train_hash(run, **o))]*trained,
+        ("encode and index",                                lambda: index_run(run, **o)),
+        ("evaluate all directions beside baselines",        lambda: evaluate(run, **o)),
+        ("write the report",                                lambda: write_report(run, **o))]
+
 def _on_store(cfg):
     "The config with the patch store as its archive."
     plain = to_dict(cfg)

@@ -197,7 +197,7 @@ def sweep(
     by:str|None=None, # the column that decides; mAP, or R@10 without labels
     n_bits:Sequence[int]=(), # lengths of codes that are scored beside the float vectors
     progress:bool=True, # show progress bars
-) -> pd.DataFrame: # one row per setting and kind of vectors: means over the directions, the best first
+) -> pd.DataFrame: # one row per setting and kind of vectors: means over directions, the best first
     "Train and score all combinations of settings, or finish what was begun."
     settings = sweep_configs(config, changes, out)
     def score(name, cfg):
@@ -208,11 +208,16 @@ def sweep(
     by = by or ('mAP' if 'mAP' in rows else 'R@10')
     if by not in known: raise unknown_name('score of this sweep', by, known)
     rows = rows.rename(columns=dict(method='setting'))
-    table = rows.groupby(['setting', 'vectors', 'bytes'], sort=False)[known].mean().reset_index()
+    table = _shared(rows).groupby(['setting', 'vectors', 'bytes'], sort=False)[known].mean().reset_index()
     table = table.sort_values(by, ascending=False, kind='stable', ignore_index=True)
     with atomic_path(Path(out)/'sweep.csv') as part: rows.to_csv(part, index=False)
     with atomic_path(Path(out)/'sweep.html') as part: part.write_text(sweep_page(table, by))
     return table
+
+def _shared(rows):
+    "The rows of directions that all settings have; all rows where there are none."
+    ways = [set(o.direction) for _, o in rows.groupby(['setting', 'vectors'])]
+    return rows[rows.direction.isin(ways[0].intersection(*ways[1:]) or set(rows.direction))]
 
 # %% ../../nbs/77a_engine.sweep.ipynb #4493cf20
 def show_sweep(
@@ -231,7 +236,8 @@ def sweep_page(
 ) -> str: # HTML
     "Bars and table of a sweep."
     best = table.iloc[0]
-    lead = f"Best by {by}: {best.setting} ({best.vectors}), {best[by]:.3f}. Means over the directions."
+    lead = (f"Best by {by}: {best.setting} ({best.vectors}), {best[by]:.3f}. "
+            "Means over the directions that all settings have.")
     shown = table.set_index('setting').astype({'bytes': str}).round(3)
     body = html_figure(show_sweep(table, by)) + html_table(shown, 'All settings', best='max')
     return html_page("Settings compared", body, lead, "Made by rsir_nb.")

@@ -25,11 +25,12 @@ from ..data.base import Archive, TensorArchive
 from ..data.module import ArchiveData
 from .encode import encode
 from .loop import RetrievalMonitor, Training
-from .parts import (TrainerConfig, build_archive, build_method, monitored, split_of,
-                                  trainer_config)
+from .parts import (TrainerConfig, build_archive, build_method, make_callbacks, monitored,
+                                  split_of, trainer_config)
 from .runs import (CheckedCheckpoints, CsvLog, EpochPictures, EpochSeeds, KeepEpochs, RunBar,
                                  StopEarly, last_checkpoint, make_wandb)
 from ..methods.base import Method
+from ..methods.frozen import FrozenPart
 from ..methods.hashing import feature_sensor
 from ..metrics.named import check_metrics, is_metric, score_embeddings
 from ..methods.optim import make_optim
@@ -57,7 +58,7 @@ def config_changes(
     return found
 
 # %% ../../nbs/70d_engine.train.ipynb #da4bb65d
-_FREE = 'trainer.num_workers', 'trainer.wandb', 'trainer.log_every', 'trainer.pictures'
+_FREE = [f'trainer.{o}' for o in ('num_workers', 'wandb', 'log_every', 'pictures', 'callbacks')]
 
 def _deciding(cfg):
     "The groups that decide what is trained, defaults filled in."
@@ -130,7 +131,8 @@ def _fit(method, archive, cfg, run_dir, progress, callbacks):
     "Train on the splits that the config names."
     o = trainer_config(cfg)
     train, val = split_of(archive, o.train_split), o.val_split and split_of(archive, o.val_split)
-    callbacks = list(callbacks)
+    own = make_callbacks(o.callbacks, archive=val or train, run_dir=run_dir, seed=cfg.seed)
+    callbacks = [*callbacks, *own]
     if o.pictures: callbacks.append(EpochPictures(run_dir/'pictures', first_pairs(val or train, method, 1),
                                                   o.pictures))
     return fit_method(method, train, val, o, cfg.seed, run_dir, run_dir.name, progress, callbacks,
@@ -150,7 +152,7 @@ def fit_method(
     loggers:Sequence=(), # Lightning loggers
 ) -> dict|None: # epoch, name and value of what was best; None without `val`
     "Lightning's loop, from the last checkpoint if there is one."
-    if method.frozen is not None and o.cache and folder is not None:
+    if method.frozen and o.cache and folder is not None:
         home, method.cached = Path(folder)/'features', True
         train, val = (a and cache_features(method, a, home/name, o, progress)
                       for name, a in dict(train=train, val=val).items())
@@ -165,7 +167,7 @@ def fit_method(
     with quiet_lightning():
         trainer = make_trainer(o, method.optim.epochs, callbacks, loggers)
         with torch.random.fork_rng():
-            try: trainer.fit(Training(method, _retrieval(monitor, data)), datamodule=data,
+            try: trainer.fit(Training(method, _retrieval(monitor, data, method)), datamodule=data,
                              ckpt_path=last and last_checkpoint(last))
             finally: method.cached = False
     return keep and _take_best(method, keep, method.optim.epochs)
@@ -185,25 +187,25 @@ class CachedArchive(TensorArchive):
         self.arrays = z
 
 def cache_features(
-    method:Method, # with a frozen part
+    method:Method, # with frozen parts
     archive:Archive, # what is embedded
     path:str|Path, # folder of the store
     o:TrainerConfig, # batch size, precision and workers
     progress:bool=True, # show a progress bar
 ) -> CachedArchive: # in memory
-    "The embeddings of a method's frozen part, computed once."
+    "The features that a method's frozen parts make, computed once."
     if o.views > 1 or o.augment not in (True, False): raise InputError("a frozen part sees each image once",
         found=f"trainer.views {o.views}, trainer.augment {o.augment}", remedy="trainer.cache=false")
-    store = encode(method.frozen, archive, path, o.batch_size, o.num_workers, o.precision, progress=progress,
-                   modalities=list(method.sensors))
+    store = encode(FrozenPart(method), archive, path, max(o.batch_size, 64), o.num_workers, o.precision,
+                   progress=progress, modalities=list(method.sensors))
     return CachedArchive(store, archive)
 
 # %% ../../nbs/70d_engine.train.ipynb #8d942b38
-def _retrieval(monitor, data):
-    "What scores the validation split, where a metric of retrieval decides."
+def _retrieval(monitor, data, method):
+    "What scores the validation split, where a metric of retrieval or of classes decides."
     name = (monitor or '').removeprefix('val/')
     if not is_metric(name): return None
-    check_metrics([name], data.val)
+    check_metrics([name], data.val, method.classifies)
     return RetrievalMonitor(data.val, [name], score_embeddings)
 
 def _take_best(method, keep, epochs):

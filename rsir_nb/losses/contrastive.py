@@ -23,7 +23,7 @@ def unit_vectors(
     "Divide each vector by its length."
     z = z if z.dtype == torch.float64 else z.float()
     length = z.norm(dim=-1, keepdim=True)
-    return torch.where(length > eps, z / length.clamp_min(eps), torch.zeros_like(z))
+    return torch.where(length <= eps, torch.zeros_like(z), z / length.clamp_min(eps))
 
 # %% ../../nbs/31_losses.contrastive.ipynb #b957bd60
 @LOSSES.register('ntxent', paper='https://arxiv.org/abs/2002.05709')

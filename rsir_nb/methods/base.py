@@ -45,11 +45,14 @@ class Method(Trainable):
     "Turns images of one sensor, or of several together, into embeddings; base of every method."
     needs_training = True # whether it has an objective to be trained with
     least_batch = 64 # images that a batch is filled up to on a CPU
+    cpu_batch = None # images in each block on a CPU; None for as many as there are
     gpu_batch = 64 # images in each block on a GPU
     distance = 'cosine' # how embeddings are compared
     training_only = () # parts that only training needs: first words of their names in `state_dict`
+    frozen = () # parts that never learn, likewise; `features` uses no others
     sampler = None # how batches are drawn unless the config says: a name of `SAMPLERS`, or dict(name=, ...)
     from_images = () # fusions of `joint` that are computed from images, not from the sensors' embeddings
+    classifies = False # whether it has a classifier: `predict_classes`, embeddings to probabilities (B,L)
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -71,7 +74,7 @@ class Method(Trainable):
         self.sensors, self.img_size = self.inputs.sensors, img_size
         self.optim, self.seed = make_optim(optim), seed
         self.embed_dim, self.heads, self.joint, self.lacks = None, None, {}, ()
-        self.frozen, self.cached = None, False # a part that never learns; whether batches hold its embeddings
+        self.cached = False # whether batches hold `features` in place of images
         self.__dict__['_fingerprint'] = Fingerprint()
 
     @property
@@ -89,14 +92,12 @@ class Method(Trainable):
         modality:str, # which sensor made them
     ) -> Tensor: # embeddings, (B,D)
         "What a subclass is about; called by `embed`, with gradients by `losses`."
-        if self.frozen is None: raise InputError(f"{type(self).__name__} has no encode",
-                                                 wanted="encode(self, x, modality) -> (B,D)")
-        return self.top(self.frozen.encode(self.frozen.prepare(x, modality), modality), modality)
+        return self.top(self.features(x, modality), modality)
 
     def train(self, mode:bool=True) -> Method: # itself
-        "Switch to training mode; a frozen part stays in eval mode."
+        "Switch to training mode; frozen parts stay in eval mode."
         super().train(mode)
-        if self.frozen is not None: self.frozen.eval()
+        for part in self.frozen: getattr(self, part).eval()
         return self
 
 # %% ../../nbs/50b_methods.base.ipynb #1c9e8ee0
@@ -127,7 +128,7 @@ def _embed_one(method, x, modality):
         x = method.inputs.check(x, modality, method.device)
         look = lambda rows: method.encode(method.prepare(rows, modality), modality)
     on_cpu = method.device.type == 'cpu'
-    block, pad = (len(x), method.least_batch) if on_cpu else (method.gpu_batch, method.gpu_batch)
+    block, pad = (method.cpu_batch or len(x), method.least_batch) if on_cpu else (method.gpu_batch,)*2
     with evaluating(method): return _checked_rows(in_blocks(look, x, block, pad), method, len(x), modality)
 
 def _checked_rows(z, method, n, modality):
@@ -207,20 +208,32 @@ def hash(self:Method,
 
 # %% ../../nbs/50b_methods.base.ipynb #e4f76129
 @patch
+def features(self:Method,
+    x:Tensor, # normalised images, (B,C,H,W)
+    modality:str, # which sensor made them
+) -> Tensor: # features, (B,E)
+    "The first part of `encode`, for a subclass that has two."
+    raise InputError(f"{type(self).__name__} has no encode", wanted="encode(self, x, modality) -> (B,D)")
+
+@patch
 def top(self:Method,
-    z:Tensor, # embeddings of the frozen part, (B,E)
+    z:Tensor, # features, (B,E)
     modality:str, # which sensor made the images
 ) -> Tensor: # embeddings, (B,D)
-    "What a subclass with a frozen part is about."
+    "The second part of `encode`, which learns in any case."
     return z
 
 @patch
-def frozen_rows(self:Method,
-    batch:Mapping, # modality -> images in raw units, (B,C,H,W), or their frozen embeddings, (B,E,1,1)
-) -> dict[str, Tensor]: # sensor -> embeddings of the frozen part, (B,E)
-    "What the frozen part makes of a batch, or has made of it."
+def feature_rows(self:Method,
+    batch:Mapping, # modality -> images in raw units, (B,C,H,W), or their features, (B,E,1,1)
+) -> dict[str, Tensor]: # sensor -> features, (B,E), with gradients unless they are frozen
+    "What `features` makes of a batch, or has made of it."
     seen = {m: batch[m] for m in self.sensors if m in batch}
-    return {m: x.flatten(1) if self.cached else self.frozen.embed(x, m) for m, x in seen.items()}
+    if not seen: raise InputError("no image of this method's sensors", wanted=' or '.join(self.sensors),
+                                  found=', '.join(map(str, batch)) or 'none')
+    if self.cached: return {m: x.flatten(1) for m, x in seen.items()}
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        return {m: self.features(self.prepare(x, m), m) for m, x in seen.items()}
 
 # %% ../../nbs/50b_methods.base.ipynb #f2929bd8
 @patch

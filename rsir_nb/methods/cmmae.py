@@ -136,6 +136,10 @@ def supervised_loss(self:CMMAE,
     "Binary cross-entropy of the classifier, mean over images, outputs and sensors."
     if 'labels' not in batch: raise InputError("the batch has no labels, and the supervised term needs them",
         found=list(batch), remedy="an archive in which every patch has labels, or supervised_weight=0")
+    bare = [o for o, known in zip(batch.get('id', ()), batch.get('labelled', ()), strict=False) if not known]
+    if bare: raise InputError("the supervised term needs labels of every patch",
+        found=f"none on {', '.join(map(str, bare[:3]))}{', ...' if bare[3:] else ''}",
+        remedy="leave out patches without labels, or supervised_weight=0")
     y = self.targets(batch['labels']).to(self.device)
     logits = [self.classifier(self.encode(x, m)).float() for m, x in images.items()]
     return torch.stack([F.binary_cross_entropy_with_logits(o, y) for o in logits]).mean()

@@ -111,8 +111,8 @@ class Contrastive(PairMethod):
         self.switch_epoch = max(1, self.optim.epochs//2) if switch_epoch is None else switch_epoch
         self.classifier = None
         if loss == 'contrastive': return
-        if not self.vocab: raise InputError("classification needs classes", remedy="loss=contrastive",
-            found="an archive without labels", wanted="vocab, the names of the classes")
+        if not self.vocab: raise InputError("classification needs classes", found="an archive without labels",
+            wanted="vocab, the names of the classes", remedy="loss=contrastive learns from pairs alone")
         self.classifier = LabelLoss(self.embed_dim[self.whole], len(self.vocab))
 
     @property
@@ -156,7 +156,8 @@ def start_training(self:Contrastive,
     if self.classifier is None or train is None: return
     known = sum(bool(o) for o in train.class_names)
     if not known: raise InputError("classification needs labels", found=f"none on {len(train)} patches",
-                                   wanted="patches with labels", remedy="loss=contrastive")
+                                   wanted="patches with labels",
+                                   remedy="loss=contrastive learns from pairs alone")
 
 @patch
 def objective(self:Contrastive,
@@ -201,7 +202,20 @@ def classify(self:Contrastive,
     x:Mapping[str, Tensor], # sensor -> images in raw units, (B,C,H,W); one sensor or more
 ) -> Tensor: # probabilities, (B,L), in the order of `vocab`
     "Probabilities of the classes."
-    if self.classifier is None: raise InputError("this method has no classifier",
+    return self.predict_classes({self.whole: self.embed(x, self.whole)})
+
+@patch(as_prop=True)
+def classifies(self:Contrastive) -> bool: # False with loss=contrastive
+    "Whether there is a classifier."
+    return self.classifier is not None
+
+@patch
+def predict_classes(self:Contrastive,
+    z:Mapping[str, Tensor], # modality -> embeddings, (B,D); those of all sensors together are used
+) -> Tensor: # probabilities, (B,L), in the order of `vocab`
+    "Probabilities of the classes, from embeddings."
+    if not self.classifies: raise InputError("this method has no classifier",
         found=f"loss={self.loss}", wanted="loss=classification, both or in_turn")
-    z = self.embed(x, self.whole)
-    with evaluating(self): return self.classifier.classifier(z).sigmoid()
+    if self.whole not in z: raise InputError("the classifier looks at all sensors together",
+                                             found=', '.join(z), wanted=f"embeddings of {self.whole}")
+    with evaluating(self): return self.classifier.classifier(z[self.whole].to(self.device)).sigmoid()

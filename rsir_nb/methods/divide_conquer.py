@@ -118,6 +118,7 @@ def start_training(self:DivideConquer,
     "Make room for the clusters; until the first epoch there is one."
     if len(train) < len(self.sizes): raise InputError("there are more clusters than images",
         found=f"{len(self.sizes)} parts, {len(train)} images", remedy="choose fewer sizes")
+    MarginMethod.start_training(self, train)
     self.train_archive = train
     self.cluster_of = torch.zeros(len(train), dtype=torch.long, device=self.device)
 

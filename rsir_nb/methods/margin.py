@@ -6,8 +6,10 @@
 __all__ = ['MetricMethod', 'standardise_images', 'MarginMethod']
 
 # %% ../../nbs/60_methods.margin.ipynb #d6d70546
+import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -88,7 +90,12 @@ def parts_of(self:MetricMethod,
     x = {m: self.prepare(batch[m], m) for m in self.sensors if m in batch}
     if not x: raise InputError("no image of this method's sensors", wanted=' or '.join(self.sensors),
                                found=', '.join(map(str, batch)) or 'none')
-    return {m: torch.cat(self.necks[m].parts(self.backbones[m](o)), 1) for m, o in x.items()}
+    z = {m: torch.cat(self.necks[m].parts(self.backbones[m](o)), 1) for m, o in x.items()}
+    bad = ~torch.stack([o.isfinite().all(1) for o in z.values()]).all(0)
+    if bad.any(): raise InputError("the network makes embeddings that are no numbers",
+        found=', '.join(str(batch.get('id', range(len(bad)))[i]) for i in bad.nonzero()[:5, 0]),
+        wanted="finite numbers", remedy="a lower optim.lr, trainer.clip=1, or images without NaN")
+    return z
 
 @patch
 def labels_of(self:MetricMethod,
@@ -128,6 +135,25 @@ def optimisers(self:MetricMethod) -> dict[str, tuple]: # one; boundaries of loss
     rest = [p for p in own.values() if not any(p is o for o in edges)]
     groups = [dict(params=rest), dict(params=edges, lr_scale=self.boundary_lr, weight_decay=0.)]
     return dict(main=(groups, self.optim))
+
+# %% ../../nbs/60_methods.margin.ipynb #e70aeecc
+@patch
+def start_training(self:MetricMethod,
+    train, # the training archive
+):
+    "Check that the labels give positives and negatives."
+    if train is None: return
+    counts = np.asarray(train.class_counts())
+    there, names = np.flatnonzero(counts), self.vocab
+    if len(there) < 2: raise InputError("metric learning takes images of two classes or more",
+        found=f"{names[there[0]]} alone" if len(there) else "no image with a label",
+        remedy="look at the labels of the training split")
+    few = [names[i] for i in there if counts[i] == 1]
+    if few: log.warning("%d of %d classes have a single image, which is a positive of none: %s", len(few),
+                        len(there), ', '.join(few[:5]) + ', ...'*(len(few) > 5))
+
+# %% ../../nbs/60_methods.margin.ipynb #8c2c9223
+log = logging.getLogger(__name__)
 
 # %% ../../nbs/60_methods.margin.ipynb #29fca99a
 @METHODS.register('margin', paper='https://arxiv.org/abs/1706.07567', sensors='any',

@@ -27,6 +27,7 @@ __all__ = ['Probe']
 class Probe(Method):
     "A linear layer for each sensor on a frozen method."
     training_only = 'loss',
+    frozen = 'backbone',
 
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
@@ -43,13 +44,17 @@ class Probe(Method):
         if not own: raise InputError("the frozen network knows none of these sensors",
                                      found=', '.join(make_sensors(sensors)), wanted=', '.join(frozen.sensors))
         super().__init__(own, img_size=frozen.img_size, norm=None, optim=optim, seed=seed)
-        self.frozen, self.embed_dim, self.least_batch = frozen, embed_dim, frozen.least_batch
+        self.backbone, self.embed_dim, self.least_batch = frozen, embed_dim, frozen.least_batch
         self.arguments['backbone'] = frozen_arguments(frozen)
         wide = frozen.embed_dim
         if not isinstance(wide, Mapping): wide = dict.fromkeys(own, wide)
         self.layers = nn.ModuleDict({m: nn.Linear(wide[m], embed_dim) for m in own})
         self.loss = make_loss(loss, embed_dim=embed_dim, n_classes=len(vocab or ()),
                               class_counts=class_counts)
+
+    def features(self, x:Tensor, modality:str) -> Tensor:
+        "Embeddings of the frozen network."
+        return self.backbone.encode(self.backbone.prepare(x, modality), modality)
 
     def top(self, z:Tensor, modality:str) -> Tensor:
         "The linear layer of one sensor."
@@ -60,6 +65,6 @@ class Probe(Method):
         y = batch.get('target', batch.get('labels'))
         if y is None: raise InputError("a probe learns from labels, and the batch has none",
             found=', '.join(batch), remedy="an archive in which every training patch has labels")
-        z = torch.cat([self.top(x, m) for m, x in self.frozen_rows(batch).items()])
+        z = torch.cat([self.top(x, m) for m, x in self.feature_rows(batch).items()])
         y = torch.cat([y]*(len(z)//len(y)))
         return dict(loss=self.loss(z, y))

@@ -47,6 +47,7 @@ def start_training(self:Sndl,
     train, # the training archive
 ):
     "Make an empty memory for its images."
+    MetricMethod.start_training(self, train)
     several = getattr(train, 'targets', None) is None
     memory = MemoryNCALoss(len(train), self.embed_dim, len(self.vocab), several, **self.nca)
     self.loss['memory'] = memory.to(self.device)

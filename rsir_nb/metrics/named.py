@@ -73,19 +73,23 @@ def archive_labels(
 def check_metrics(
     names:Sequence[str], # of metrics
     archive:Any, # an `Archive`
+    classifies:bool=False, # whether there is a classifier to be scored
 ) -> list[NamedMetric]: # the metrics meant
     "Raise an `InputError` if an archive cannot give one of the scores."
     seen = {m: archive.has(m) for m in archive.sensors}
-    return _checked(names, archive_labels(archive), seen, {m: {m} for m in seen})
+    return _checked(names, archive_labels(archive), seen, {m: {m} for m in seen}, classifies)
 
-def _checked(names, labels, seen, parts):
-    "The metrics, if labels and pairs of sensors suffice for them."
+def _checked(names, labels, seen, parts, classifies):
+    "The metrics, if labels, pairs of sensors and the method suffice for them."
     found = [make_metric(o) for o in names]
     pairs = [(s, t) for s in seen for t in seen if not parts[s] & parts[t]]
     n_pairs = max([int((seen[s] & seen[t]).sum()) for s, t in pairs], default=0)
     there = (f"sensors {', '.join(seen)}, {n_pairs:,} patches seen by two of them, "
              f"{'no ' if labels is None else ''}labels")
     for o in found:
+        if o.metric.of == 'classes' and not classifies:
+            raise InputError(f"{o.name} is a score of a classifier", found="a method without one",
+                             remedy="train a method with one, e.g. contrastive with method.loss=both")
         if o.metric.of == 'partners' and not n_pairs:
             other = None if labels is None else "choose a score by labels, such as map@10"
             raise InputError(f"{o.name} needs patches that two sensors have seen", found=there, remedy=other)
@@ -107,6 +111,7 @@ def score_embeddings(
     distance:str='cosine', # a name in `DISTANCES`
     directions:Sequence[str]|None=None, # such as 's1->s2'; all by default
     present:Mapping[str, np.ndarray]|None=None, # modality -> bool (N,); as the archive says by default
+    probabilities:np.ndarray|None=None, # of each class, (N,L), for scores of a classifier
 ) -> dict[str, float]: # 'map@10' -> mean over directions, and 'map@10/s1->s2' -> of one, for every name
     "Scores of embeddings by name, leave-one-out."
     labels = archive_labels(archive)
@@ -115,12 +120,19 @@ def score_embeddings(
         present = {m: np.any([archive.has(o) for o in parts[m]], axis=0) for m in z}
     seen = {m: np.ones(len(x), bool) if present is None else np.asarray(present[m]) for m, x in z.items()}
     _same_rows(z, labels)
-    metrics, compare, found = _checked(names, labels, seen, parts), make_distance(distance), {}
+    metrics = _checked(names, labels, seen, parts, probabilities is not None)
+    compare, found = make_distance(distance), {}
     z = {m: compare.prepare(np.asarray(x)[seen[m]], f'embeddings of {m}') for m, x in z.items()}
     for of, score in dict(rankings=_of_rankings, partners=_of_partners, embeddings=_of_clusters).items():
         some = [o for o in metrics if o.metric.of == of]
         if some: found |= score(some, z, seen, parts, labels, compare, directions)
+    for o in (o for o in metrics if o.metric.of == 'classes'):
+        found[o.name] = o.metric.compute(_as_rows(labels, probabilities.shape[1]), probabilities)
     return {k: v for o in metrics for k, v in found.items() if k.split('/')[0] == o.name}
+
+def _as_rows(labels, n_classes):
+    "Labels as zeros and ones."
+    return labels if labels.ndim == 2 else (labels[:, None] == np.arange(n_classes)).astype(np.uint8)
 
 def _same_rows(z, labels):
     sizes = {m: len(x) for m, x in z.items()} | ({} if labels is None else dict(labels=len(labels)))

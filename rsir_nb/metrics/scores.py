@@ -84,7 +84,7 @@ class Metric:
     compute: Callable # (judged, ks) -> (Q,len(ks)); with `parts` a function of their means
     definition: str # formula in words
     source: str = '' # who uses it so
-    of: str = 'rankings' # what is scored: 'rankings', 'partners' or 'embeddings'
+    of: str = 'rankings' # what is scored: 'rankings', 'partners', 'embeddings' or 'classes'
     needs: str = '' # of rankings: 'dists', or 'whole' for those of the whole archive
     parts: tuple = () # metrics of whose means over the queries this one is made; it has no value per query
     better: str = 'higher' # or 'lower'

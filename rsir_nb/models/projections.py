@@ -34,16 +34,17 @@ class MlpNeck(nn.Sequential):
         in_dim:int, # length of the features, F
         embed_dim:int=128, # length of the embeddings, D
         hidden_dim:int|None=None, # width of the hidden layers; F by default
-        layers:int=2, # linear layers, 2 or more
+        layers:int=2, # linear layers; 1 for none that is hidden
         relu:bool=False, # end with a ReLU, so that embeddings are 0 or more
+        norm:bool=False, # bring each value to mean 0 and variance 1 over the batch, before the ReLU
     ):
         width = in_dim if hidden_dim is None else hidden_dim
-        if layers < 2 or min(width, embed_dim) < 1:
-            raise InputError("this is no multilayer perceptron", wanted="2 layers or more, widths from 1",
-                             found=f"{layers} layers, hidden_dim {width}, embed_dim {embed_dim}",
-                             remedy="for a single layer use 'relu' or 'projection'")
+        if min(layers, width, embed_dim) < 1:
+            raise InputError("this is no multilayer perceptron", wanted="1 layer or more, widths from 1",
+                             found=f"{layers} layers, hidden_dim {width}, embed_dim {embed_dim}")
         sizes = [in_dim, *[width]*(layers - 1)]
         hidden = [part for a, b in zip(sizes, sizes[1:], strict=False)
                   for part in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU())]
-        super().__init__(*hidden, nn.Linear(width, embed_dim), *[nn.ReLU()]*relu)
+        end = [nn.BatchNorm1d(embed_dim, affine=False)]*norm + [nn.ReLU()]*relu
+        super().__init__(*hidden, nn.Linear(sizes[-1], embed_dim), *end)
         self.embed_dim, self.nonnegative = embed_dim, relu

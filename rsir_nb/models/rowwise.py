@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import InputError
 
 # %% auto #0
-__all__ = ['evaluating', 'usable_device', 'in_blocks']
+__all__ = ['evaluating', 'usable_device', 'in_blocks', 'steady_rows']
 
 # %% ../../nbs/24_models.rowwise.ipynb #59d28f72
 @contextmanager
@@ -50,3 +50,23 @@ def in_blocks(
         if n < pad: rows = torch.cat([rows, rows.new_zeros(pad - n, *rows.shape[1:])])
         parts.append(func(rows)[:n])
     return torch.cat(parts)
+
+# %% ../../nbs/24_models.rowwise.ipynb #6158c5e5
+def steady_rows(
+    module:nn.Module, # rows to rows, as part of a network
+) -> nn.Module: # the same module
+    "Let a module compute at least 64 rows at a time, in eval mode on a CPU."
+    module.register_forward_pre_hook(_fill_up)
+    module.register_forward_hook(_cut)
+    return module
+
+def _fill_up(module, args, pad=64):
+    x, *more = args
+    few = len(x) < pad and x.device.type == 'cpu' and not module.training
+    if not few or torch.compiler.is_compiling(): return None
+    module.rows_given = len(x)
+    return torch.cat([x, x.new_zeros(pad - len(x), *x.shape[1:])]), *more
+
+def _cut(module, args, found):
+    n, module.rows_given = getattr(module, 'rows_given', None), None
+    return found if n is None else found[:n]

@@ -84,7 +84,7 @@ class MultiSensorViT(nn.Module):
         positions = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
         tokens = self.patch_embeds[modality](x, ids_keep) + positions
         cls_token = self.cls_tokens[modality] + self.pos_embed[:, :1]
-        tokens = torch.cat([cls_token.expand(len(x), -1, -1), tokens], dim=1)
+        tokens = torch.cat([cls_token.expand(x.shape[0], -1, -1), tokens], dim=1)
         if modality in self.specific_blocks:
             tokens = self.specific_norms[modality](self.specific_blocks[modality](tokens))
         return self.norm(self.blocks(tokens))

@@ -35,6 +35,7 @@ def _read(path):
     with open(path, 'rb') as f: head = f.read(9)
     try: found = load_file(path) if head[8:9] == b'{' else _load_torch(path)
     except UnpicklingError as e: raise _unpickling_error(path, head, str(e)) from e
+    except UnsafeFileError: raise
     except Exception as e: raise _corrupt(path, str(e).split('. ')[0].split('\n')[0]) from e
     beside = []
     for key in ('state_dict', 'model'):
@@ -50,8 +51,11 @@ def _read(path):
 def _load_torch(path):
     "A torch file's content, after its checksums, which torch itself does not look at."
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
+        with zipfile.ZipFile(path) as archive: damaged, names = archive.testzip(), archive.namelist()
         if damaged: raise zipfile.BadZipFile(f"a wrong checksum in {damaged}")
+        if any('/code/' in o for o in names):
+            raise UnsafeFileError(f"{path} is a compiled program (TorchScript)", wanted="a state dict",
+                                  remedy="get a safetensors file of the same weights")
     return torch.load(path, map_location='cpu', weights_only=True)
 
 def _corrupt(path, found):
