@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from rsir_nb.cli import main
 from rsir_nb.config import load_config
 from rsir_nb.core import DATASETS, InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.image_list import ImageList
@@ -433,3 +434,20 @@ def test_real_images_by_a_list(shared, tmp_path):
     folders = DATASETS.create("class_folders", root=root, classes=["Forest", "River"])
     for o in archive.ids[::7]: assert torch.equal(archive[o]["rgb"], folders[o]["rgb"])
     assert archive.targets.tolist() == [0]*20 + [1]*20
+
+
+def test_data_info_describes_what_a_config_names(tmp_path, images, capsys):
+    (tmp_path/"list.csv").write_text("image,label\n" + "".join(f"{o},{k}\n" for o, k in zip(images, "aaaabc", strict=True)))
+    assert main(["data", "info", "image_list", f"data.lists={tmp_path}/list.csv"]) == 0
+    text = capsys.readouterr().out
+    assert "**ImageList** of 6 patches" in text and "| patches per class | 1 to 4 |" in text
+    (tmp_path/"my.yaml").write_text(f"base: baseline\ndata: {{name: image_list, lists: {tmp_path}/list.csv, max_images: 2}}\n")
+    assert main(["data", "info", str(tmp_path/"my.yaml")]) == 0 and "of 4 patches" in capsys.readouterr().out
+    assert main(["data", "info", "imag_list"]) == 2 and "did you mean image_list" in capsys.readouterr().err
+    assert main(["data", "info", str(tmp_path), "data.a=1"]) == 2 and "takes no changes" in capsys.readouterr().err
+
+
+def test_a_store_of_vectors_has_one_pixel(tmp_path, capsys):
+    np.save(tmp_path/"v.npy", rng.normal(size=(6, 5)))
+    assert main(["data", "convert", "vectors", str(tmp_path/"v.store"), f"data.path={tmp_path}/v.npy"]) == 0
+    assert build_archive(dict(name="store", path=str(tmp_path/"v.store")))[0]["vector"].shape == (5, 1, 1)
