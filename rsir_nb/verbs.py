@@ -35,8 +35,10 @@ def convert_command(
     from rsir_nb.engine.parts import build_archive
     cfg = load_config('base', [f'data={dataset}', *overrides, f'out={out}'])
     if shown(cfg.data, dry_run): return
-    size = size if size is not None else to_dict(cfg.data).get('img_size') or 120
-    report = write_store(build_archive(cfg.data), out, size=size, overwrite=overwrite)
+    archive = build_archive(cfg.data)
+    usual = 1 if {o.unit for o in archive.sensors.values()} == {'feature'} else 120
+    size = size if size is not None else to_dict(cfg.data).get('img_size') or usual
+    report = write_store(archive, out, size=size, overwrite=overwrite)
     print(f"{out}: {report}")
     return report
 

@@ -177,6 +177,27 @@ def test_a_sensor_may_mix_both_instruments(v1_lmdb):
     with pytest.raises(InputError, match="found B10"): BenV1Lmdb(v1_lmdb, sensors=["s2_13"])
 
 
+def test_twelve_bands_and_those_of_43_classes_that_are_present(tmp_path):
+    "As the published comparison of metric learning reads it: a class counts if every split has it, in the order of the 43."
+    classes = [["Vineyards", "Pastures"], ["Sea and ocean", "Airports"], ["Pastures", "Sea and ocean", "Peatbogs"]]
+    with LmdbWriter(tmp_path/"v1.lmdb") as out:
+        for i, name in enumerate(V1):
+            s1, s2 = make_bands(i)
+            out.commit([(name.encode(), dump_v1_record({**s1, **s2}, classes[i], to_19_labels(classes[i])))])
+    told = dict(sensors=dict(s2="s2_12"), vocab=43, present_only=True)
+    every = BenV1Lmdb(tmp_path/"v1.lmdb", **told)
+    assert list(every.vocab) == [o for o in BEN43 if o in sum(classes, [])] and every.sensors["s2"].bands == get_sensor("s2_12").bands
+    for split, names in dict(train=V1[:2], test=V1[2:]).items(): (tmp_path/f"{split}.csv").write_text("\n".join(names))
+    archive = BenV1Lmdb(tmp_path/"v1.lmdb", split_dir=tmp_path, **told)
+    assert list(archive.vocab) == ["Pastures", "Sea and ocean"]
+    at = {o: archive.class_names[archive.number(o)] for o in V1}
+    assert at == {V1[0]: ["Pastures"], V1[1]: ["Sea and ocean"], V1[2]: ["Pastures", "Sea and ocean"]}
+    assert archive[V1[2]]["labels"].tolist() == [1, 1] and archive[0]["s2"].shape == (12, 120, 120)
+    (tmp_path/"test.csv").write_text(V1[1])
+    (tmp_path/"train.csv").write_text(V1[0])
+    with pytest.raises(InputError, match="no class is in all splits"): BenV1Lmdb(tmp_path/"v1.lmdb", split_dir=tmp_path, **told)
+
+
 def test_splits(v1_lmdb, tmp_path):
     folder = tmp_path/"splits"
     folder.mkdir()

@@ -9,13 +9,19 @@ import torch
 from PIL import Image
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from rsir_nb.cli import main
 from rsir_nb.config import load_config
 from rsir_nb.core import DATASETS, InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.image_list import ImageList
 from rsir_nb.data.label_lists import ListFile, label_columns, limit_classes, list_files, read_labels, read_list, read_table
 from rsir_nb.data.splits import multilabel_split
+from rsir_nb.data.module import ArchiveData
 from rsir_nb.engine.encode import encode
+from rsir_nb.engine.evaluate import evaluate
+from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.parts import build_archive, build_method
+from rsir_nb.engine.stages import index_run
+from rsir_nb.engine.train import pretrain
 
 rng = np.random.default_rng(3)
 
@@ -372,6 +378,38 @@ def test_m4d_with_more_classes_than_are_written_out(tmp_path, caplog):
     with pytest.raises(InputError, match="not written out"): archive.known_labels.dense()
 
 
+def test_classes_with_fewer_images_than_are_wanted(tmp_path, images, caplog):
+    "Two classes of three and one: a sampler of four per class says so, and min_images leaves a class out."
+    text = "image,label\n" + "".join(f"{o},{k}\n" for o, k in zip([*images][:4], "aaab", strict=True))
+    archive = listed(tmp_path, text, img_size=8)
+    with pytest.raises(InputError, match="2 of 2 classes have fewer than 4 patches; found 'a' with 3, 'b' with 1; rare=skip"):
+        ArchiveData(archive, batch_size=4, sampler=dict(name="m_per_class", m=4))
+    with pytest.raises(InputError, match="1 of 2 classes have fewer than 2 patches; found 'b' with 1"):
+        ArchiveData(archive, batch_size=2, sampler=dict(name="m_per_class", m=2))
+    only = listed(tmp_path, text, img_size=8, min_images=2)
+    batch = next(ArchiveData(only, batch_size=2, sampler=dict(name="m_per_class", m=2)).batches())
+    assert batch["target"].tolist() == [0, 0]
+    (tmp_path/"list.csv").write_text(text)
+    cfg = load_config("baseline", ["data=image_list", f"data.lists={tmp_path}/list.csv", "data.img_size=8", f"out={tmp_path}/run"])
+    search = index_run(pretrain(cfg, progress=False), progress=False)
+    assert len(search.query("sea/sea0", k=50)) == 3, "all others, and no more"
+    table = evaluate(tmp_path/"run", protocol="leave_one_out", baselines=["random"], progress=False).table
+    found = table.query("metric == 'map' and kind == 'float'").iloc[-1]
+    assert found["n_queries"] == 4 and 0 < found["value"] <= 0.75, "no other image has the label of the fourth"
+
+
+def test_hash_heads_of_an_archive_with_many_classes(tmp_path):
+    picture(tmp_path/"one.png", 8)
+    rows = [f"{i}.png,{i}" for i in range(1010)]
+    for i in range(1010): (tmp_path/f"{i}.png").hardlink_to(tmp_path/"one.png")
+    for i in range(3): picture(tmp_path/f"new{i}.png", 8)
+    (tmp_path/"list.csv").write_text("\n".join(["image,label", *rows, *(f"new{i}.png,{i}" for i in range(3))]) + "\n")
+    cfg = load_config("baseline", ["data=image_list", f"data.lists={tmp_path}/list.csv", f"out={tmp_path}/run"])
+    run = pretrain(cfg, progress=False)
+    assert train_hash(run, progress=False, n_bits=16, epochs=1, min_steps=4).heads.n_bits == 16
+    with pytest.raises(InputError, match="not written out"): train_hash(run, progress=False, overwrite=True, supervised=1.)
+
+
 def test_a_list_alone_is_indexed(tmp_path, images):
     text = "image,label\n" + "".join(f"{o},{k}\n" for o, k in zip(images, "aaabbb", strict=True))
     (tmp_path/"list.csv").write_text(text)
@@ -396,3 +434,20 @@ def test_real_images_by_a_list(shared, tmp_path):
     folders = DATASETS.create("class_folders", root=root, classes=["Forest", "River"])
     for o in archive.ids[::7]: assert torch.equal(archive[o]["rgb"], folders[o]["rgb"])
     assert archive.targets.tolist() == [0]*20 + [1]*20
+
+
+def test_data_info_describes_what_a_config_names(tmp_path, images, capsys):
+    (tmp_path/"list.csv").write_text("image,label\n" + "".join(f"{o},{k}\n" for o, k in zip(images, "aaaabc", strict=True)))
+    assert main(["data", "info", "image_list", f"data.lists={tmp_path}/list.csv"]) == 0
+    text = capsys.readouterr().out
+    assert "**ImageList** of 6 patches" in text and "| patches per class | 1 to 4 |" in text
+    (tmp_path/"my.yaml").write_text(f"base: baseline\ndata: {{name: image_list, lists: {tmp_path}/list.csv, max_images: 2}}\n")
+    assert main(["data", "info", str(tmp_path/"my.yaml")]) == 0 and "of 4 patches" in capsys.readouterr().out
+    assert main(["data", "info", "imag_list"]) == 2 and "did you mean image_list" in capsys.readouterr().err
+    assert main(["data", "info", str(tmp_path), "data.a=1"]) == 2 and "takes no changes" in capsys.readouterr().err
+
+
+def test_a_store_of_vectors_has_one_pixel(tmp_path, capsys):
+    np.save(tmp_path/"v.npy", rng.normal(size=(6, 5)))
+    assert main(["data", "convert", "vectors", str(tmp_path/"v.store"), f"data.path={tmp_path}/v.npy"]) == 0
+    assert build_archive(dict(name="store", path=str(tmp_path/"v.store")))[0]["vector"].shape == (5, 1, 1)

@@ -289,3 +289,12 @@ def test_places_of_a_georeferenced_list(tmp_path):
     (tmp_path/"l.csv").write_text("image,label\nA/a.tif,x\n")
     table = ImageList(tmp_path/"l.csv").table
     assert table.crs[0] == "EPSG:32632" and table.geometry[0] == ClassFolders(tmp_path).table.geometry[0]
+
+
+def test_three_equal_bands_with_alpha_for_a_sensor_of_one(tmp_path):
+    "The mask is that of each pixel, not of the first row."
+    x, alpha = X[..., :1].repeat(3, 2), np.full((48, 48, 1), 255, "uint8")
+    alpha[:16] = 0
+    Image.fromarray(np.concatenate([x, alpha], 2)).save(tmp_path/"a.png")
+    read = ImageFiles(GREY).read(tmp_path/"a.png").numpy()
+    assert np.array_equal(read[0, 16:], X[16:, :, 0]) and np.allclose(read[0, :16], X[16:, :, 0].mean(), atol=1e-3)

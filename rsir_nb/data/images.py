@@ -107,7 +107,7 @@ class ImageFiles:
             told = info.nodata, unit == 'byte'
             raw, missing = read_reduced(info, channels, self.part(info), size, scaling, *told)
         else: raw, missing = read_bands(info, channels, info.nodata, black=unit == 'byte', alone=True)
-        if len(channels) > self.sensor.in_chans: raw, missing = _grey(raw, path, self.sensor), missing[:1]
+        if len(channels) > self.sensor.in_chans: raw = _grey(raw, path, self.sensor)
         if missing.all() and (large or raw.any()):
             raise InputError(f"{path} is empty", found="no data in any pixel")
         kept = large or scaling == (1, 0)
