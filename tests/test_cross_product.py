@@ -109,7 +109,7 @@ def joined(home): return dict(parts=[dict(name="synthetic", seed=k, **PAIRS) for
 
 MAKERS = dict(ben_tuples_lmdb=tuples, ben_v1_lmdb=v1_lmdb, ben_v1_tiff=v1_tiff, ben_v2_lmdb=v2_lmdb, ben_v2_tiff=v2_tiff, store=store,
               class_folders=class_folders, paired_folders=paired_folders, scenes=scenes, features=features, joined=joined,
-              image_list=image_list, vectors=vectors,
+              image_list=image_list, vectors=vectors, eurosat_sample=lambda home: {},
               synthetic=lambda home: dict(PAIRS), vessels=lambda home: dict(root=write_vessels(home, img_size=64)))
 
 TRANSFORMER = dict(embed_dim=16, num_heads=2)
@@ -122,7 +122,7 @@ UNIVERSAL = dict(METRIC, neck=dict(name="projection", embed_dim=8), trainable="a
 SIZES = dict(csmae=MAE, cmmae=MAE, duch_pairs=dict(TRANSFORMER, depth=1, n_bits=16), duch=dict(n_bits=16, hidden_dim=32),
              contrastive=PAIRS_OF, cross_modal=PAIRS_OF, universal=dict(UNIVERSAL, loss="supcon"), **METRIC_SIZES)
 ALONE = dict(cmr_weight=0, mim_weight=0)                    # of a masked autoencoder that sees one sensor
-NORM = dict(features=None, vessels="vessel", class_folders=None, image_list=None, vectors=None)
+NORM = dict(features=None, vessels="vessel", class_folders=None, image_list=None, vectors=None, eurosat_sample=None)
 OURS = {o for o in DATASETS.list() if DATASETS.get(o).__module__.startswith("rsir_nb.")}
 STANDS_ON_A_RUN = {"probe"}     # see its own page and test_train
 METHODS_HERE = [o for o in METHODS.list() if METHODS.get(o).__module__.startswith("rsir_nb.") and o not in STANDS_ON_A_RUN]

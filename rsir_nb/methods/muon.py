@@ -31,7 +31,7 @@ def orthogonalise(
 class Muon(torch.optim.Optimizer):
     "Momentum with equal singular values for matrices, AdamW for vectors."
     def __init__(self,
-        groups, # parameters, or dicts of `params`, `lr` and `weight_decay`
+        groups:list, # parameters, or dicts of `params`, `lr` and `weight_decay`
         lr:float=1e-3, # learning rate
         weight_decay:float=0., # of all parameters, apart from the gradient
         momentum:float=0.95, # part of the old direction that a step keeps, 0..1
