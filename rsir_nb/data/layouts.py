@@ -23,6 +23,7 @@ from .encoder import dump_v1_record
 from .labels import CLASS_43_TO_19, to_19_labels
 from .lmdb import LmdbWriter
 from ..geo import wkb_to_geojson, write_geoparquet
+from ..machine import bar_is_off
 from ..sensors import BANDS, SENSORS
 
 # %% ../../nbs/11b_data.layouts.ipynb #6b58c8d0
@@ -79,7 +80,7 @@ def _patches(archive, progress, what):
         contains_cloud_or_shadow=column('contains_cloud_or_shadow', False)))
     for o in 'place', 'crs', 'date', 'geometry':
         if o in table: facts[o] = list(table[o])
-    return facts, tqdm(range(n), desc=what, disable=not progress, unit='patch')
+    return facts, tqdm(range(n), desc=what, disable=bar_is_off(progress), unit='patch')
 
 def _written(path, keys_and_values, batch=64):
     "A new LMDB folder of these records."

@@ -27,6 +27,7 @@ from .classes import Vocab
 from .checks import check_patch, to_grid, to_square
 from .lmdb import LmdbReader, LmdbWriter
 from .packing import PACKINGS, Packing, RecordLayout, StoreHeader, seal, unseal
+from ..machine import bar_is_off
 
 # %% ../../nbs/11_data.store.ipynb #a23bf704
 def _patch_key(i): return b'p' + struct.pack('>Q', i)
@@ -195,7 +196,8 @@ def write_store(
             f"this one has not, e.g. {min(others)}", remedy="choose another path, or overwrite=True")
         todo = [i for i, o in enumerate(archive.ids) if o not in writer.known]
         report.present = len(archive) - len(todo)
-        bar = tqdm(todo, disable=not progress, total=len(archive), initial=report.present, unit=' patches')
+        bar = tqdm(todo, disable=bar_is_off(progress), total=len(archive), initial=report.present,
+                   unit=' patches')
         for i in bar:
             try: record = writer.encode(archive.ids[i], _on_grid(archive, i, size))
             except (RsirError, OSError, ValueError) as e:
@@ -292,7 +294,7 @@ def verify(self:PatchStore,
 ) -> list[str]: # ids of the damaged patches
     "Read every record and compare its checksum."
     bad = []
-    for i in tqdm(range(len(self)), disable=not progress, unit=' patches'):
+    for i in tqdm(range(len(self)), disable=bar_is_off(progress), unit=' patches'):
         try: self._use(i, lambda m, x: None)
         except CorruptError: bad.append(self.ids[i])
     return bad

@@ -23,6 +23,7 @@ from .protocols import Protocol, System, directions, get_protocol
 from ..methods.embedding import common_sensors, sensors_of
 from .scoring import score_direction, tabulate
 from .parts import build_archive, load_method
+from ..machine import bar_is_off
 from ..retrieval.codes import CodeStore
 from ..retrieval.unfinished import UnfinishedStore
 from ..remote.shards import start_ray
@@ -56,7 +57,7 @@ def _collect(ray, refs, total, what, progress):
     "Wait for tasks in the order in which they end; the first error stops the others."
     todo, found = list(refs), {}
     try:
-        with tqdm(total=total, desc=what, disable=not progress) as bar:
+        with tqdm(total=total, desc=what, disable=bar_is_off(progress)) as bar:
             while todo:
                 done, todo = ray.wait(todo)
                 for ref in done:

@@ -23,6 +23,7 @@ from ..core import InputError, RsirError, check_arguments, content_hash, folder_
 from ..data.base import Archive
 from ..data.checks import check_patch
 from .parts import PRECISIONS, build_archive, load_method
+from ..machine import bar_is_off
 from ..methods.base import Method
 from ..methods.embedding import common_sensors, embed_batch, fused_rows, kept_of, sensors_of
 from ..models.rowwise import usable_device
@@ -170,7 +171,7 @@ def _make_shards(method, archive, store, plan, num_workers, progress):
     reader = PatchReader(archive, sensors_of(method, plan['modalities']), method.img_size)
     source = iter(DataLoader(reader, batch_sampler=batches, num_workers=num_workers, collate_fn=list))
     with tqdm(total=len(archive), initial=len(archive) - sum(map(len, ranges)), desc='encode', unit='patch',
-              disable=not progress) as bar:
+              disable=bar_is_off(progress)) as bar:
         for r in ranges:
             mine = _counted(source, -(-len(r)//batch_size), bar)
             store.save(r.start, encode_shard(method, mine, plan))

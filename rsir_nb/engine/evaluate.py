@@ -28,6 +28,7 @@ from .protocols import (Protocol, System, directions, get_protocol, has_labels, 
                                       partner_directions, store_labels)
 from .scoring import Result, compare, score_direction, score_pairs, tabulate, tabulate_pairs
 from .parts import build_archive, build_method, load_method, split_of, trainer_config
+from ..machine import bar_is_off
 from ..methods.base import Method
 from ..retrieval.codes import CodeStore
 from ..metrics.judging import LabelSets
@@ -80,7 +81,7 @@ def _by_labels(systems, ours, protocol, depths, depth, drawings, metrics, seed, 
     work = _work(systems, protocol)
     metrics = None if metrics is None else list(dict.fromkeys(['map', *metrics]))
     tables, queries, margins, speed, ks = {}, {}, {}, [], get_protocol(protocol).ks
-    with tqdm(total=sum(len(d.queries) for *_, d in work), unit='query', disable=not progress) as bar:
+    with tqdm(total=sum(len(d.queries) for *_, d in work), unit='query', disable=bar_is_off(progress)) as bar:
         for at, system, labels, d, index in _with_indexes(work):
             bar.set_description(f"{system.name}, {system.kind}, {arrows(d.name)}")
             r = score_direction(system, d, depths, depth, metrics, seed, memory_mb, labels, index, bar)
@@ -97,7 +98,7 @@ def _by_partners(systems, protocol, drawings, seed, progress):
     work = [(o, d) for o in some for d in partner_directions(o.store, protocol) if o.compares(d)]
     if not work: return [], None, None
     work += [(System('chance', systems[0].store, 'random'), d) for o, d in work if o is work[0][0]]
-    found, bar = [], tqdm(work, unit='direction', disable=not progress)
+    found, bar = [], tqdm(work, unit='direction', disable=bar_is_off(progress))
     for system, d in bar:
         bar.set_description(f"{system.name}, {system.kind}, {arrows(d.name)}, partners")
         found.append((score_pairs(system, d), d))

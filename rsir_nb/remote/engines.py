@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..core import INDEXES, InputError, MissingFileError, lazy_import, unknown_name
+from ..machine import bar_is_off
 from ..plugins import load_installed
 from ..retrieval.codes import check_codes
 from ..retrieval.index import Index
@@ -119,7 +120,7 @@ def fill_index(
     todo = np.flatnonzero(~np.isin(ids, index.ids)) if len(index) else np.arange(len(codes))
     takes = isinstance(index, RemoteIndex) and index.takes_table
     done = len(codes) - len(todo)
-    bar = bars.tqdm(total=len(codes), initial=done, desc='fill', unit='code', disable=not progress)
+    bar = bars.tqdm(total=len(codes), initial=done, desc='fill', unit='code', disable=bar_is_off(progress))
     with bar:
         for at in (todo[a:a + block] for a in range(0, len(todo), block)):
             more = dict(table=None if table is None else table.iloc[at], finish=False) if takes else {}
