@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 import rsir_nb
 from .core import (DATASETS, METHODS, CorruptError, InputError, MissingFileError, atomic_path,
                           lazy_import, load_plugins, modules_with, unknown_name, write_json)
+from .checksums import check_sealed_text, seal_text
 from .plugins import load_installed
 from .typed import PLAIN, absolute_path, builder_arguments, constructors, typed_value
 
@@ -272,7 +273,7 @@ def save_config(
     "Write `cfg` to `run_dir`/config.yaml and the versions in use to versions.json."
     run_dir = Path(run_dir)
     text = OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
-    with atomic_path(run_dir/'config.yaml') as part: part.write_text(text)
+    with atomic_path(run_dir/'config.yaml') as part: part.write_text(seal_text(text))
     write_json(run_dir/'versions.json', versions())
     return run_dir/'config.yaml'
 
@@ -306,6 +307,7 @@ def load_run_config(
     path = Path(run_dir)
     path = path/'config.yaml' if path.suffix != '.yaml' else path
     if not path.is_file(): raise MissingFileError(f"{path} is not there", remedy="name the folder of a run")
+    check_sealed_text(path, f"restore it; or, if the change was meant: rsir verify {path.parent} --seal")
     found = _read(path)
     for group, value in _LATER.items(): found.setdefault(group, value)
     missing = [o for o in (*GROUPS, 'seed', 'plugins', 'out') if o not in found]

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError', 'InputError', 'UnknownNameError',
-           'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'unknown_name', 'Registry',
-           'package_sources', 'modules_with', 'registered_parts', 'registries', 'legal_arguments', 'check_arguments',
-           'load_plugins', 'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json', 'folder_lock',
-           'content_hash', 'make_rng']
+           'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'FullDiskError', 'unknown_name',
+           'Registry', 'package_sources', 'modules_with', 'registered_parts', 'registries', 'legal_arguments',
+           'check_arguments', 'load_plugins', 'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json',
+           'folder_lock', 'content_hash', 'make_rng']
 
 # %% ../nbs/00_core.ipynb #266f6cab
-import ast, hashlib, importlib, importlib.util, inspect, json, os, re, shutil
+import ast, errno, hashlib, importlib, importlib.util, inspect, json, os, re, shutil
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -52,6 +52,8 @@ class UnsafeFileError(RsirError, ValueError):
     "A file that asks to run code; it is refused."
 class BusyError(RsirError, OSError):
     "Something another process is writing to."
+class FullDiskError(RsirError, OSError):
+    "A file that the disk has no room for."
 
 # %% ../nbs/00_core.ipynb #a443411d
 def unknown_name(
@@ -245,19 +247,44 @@ def atomic_path(
 ) -> Iterator[Path]: # the temporary path to write to
     "Write to the yielded path; it replaces `path` when the block ends without an error."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _make_folder(path.parent)
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{o}") for o in ('part', 'old'))
     try:
         yield part
+        if path.is_dir() and not part.is_dir(): raise InputError(f"{path} is a folder", wanted="a file's name")
         for o in [*(part.rglob('*') if part.is_dir() else []), part]: sync_path(o)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if part.is_dir() and path.is_dir(): os.replace(path, old)
-        os.replace(part, path)
+        if not (path.is_dir() and _exchange(part, path)):
+            if path.is_dir(): os.replace(path, old)
+            os.replace(part, path)
         sync_path(path.parent)
-        if old.is_dir(): shutil.rmtree(old)
+    except Exception as e:
+        if isinstance(e, FullDiskError) or not _is_full(e, path.parent): raise
+        raise FullDiskError(f"{path} cannot be written", found="no space left on the disk",
+                            remedy="make room and give the same command again") from e
     finally:
-        if part.is_dir(): shutil.rmtree(part)
-        elif part.exists(): part.unlink()
+        for o in part, old:
+            if o.is_dir(): shutil.rmtree(o)
+            elif o.exists(): o.unlink()
+
+# %% ../nbs/00_core.ipynb #9101bf1e
+def _make_folder(path):
+    "The folder, made if it is not there."
+    try: Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise InputError(f"{path} cannot be a folder", found="a file of this name, or of a folder above it",
+                         remedy="choose another name") from e
+    return Path(path)
+
+def _exchange(a, b):
+    "Swap two names in one step; says whether the system could."
+    import ctypes
+    try: swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError): return False
+    return swap(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0 # AT_FDCWD, RENAME_EXCHANGE
+
+def _is_full(e, folder):
+    if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e): return True
+    return not isinstance(e, (RsirError, OSError)) and shutil.disk_usage(folder).free < 1 << 16
 
 # %% ../nbs/00_core.ipynb #b15b6307
 def sync_path(
@@ -283,20 +310,20 @@ def read_json(
     "Read JSON from `path`; raises `MissingFileError` or `CorruptError`."
     path = Path(path)
     if not path.is_file(): raise MissingFileError(f"{path} is not there")
-    try: return json.loads(path.read_text())
-    except ValueError as e:
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError, MemoryError) as e:
         raise CorruptError(f"{path} is not readable as JSON", found=str(e), remedy="write it again") from e
 
 # %% ../nbs/00_core.ipynb #ebf47071
 @contextmanager
 def folder_lock(
     path:str|Path, # the folder; made if it is not there
+    name:str='.lock', # the file that is locked; one name for each thing that is written in the folder
 ) -> Iterator[Path]: # the folder
     "Hold `path` for writing during the block; `BusyError` if another process does."
     import fcntl
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path/'.lock', 'a+') as handle:
+    path = _make_folder(path)
+    with open(path/name, 'a+') as handle:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             handle.seek(0)

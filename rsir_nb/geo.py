@@ -150,13 +150,17 @@ def write_geoparquet(
 # %% ../nbs/04_geo.ipynb #b5891e41
 def read_geoparquet(
     path:str|Path, # a GeoParquet or Parquet file
+    data:np.ndarray|None=None, # its bytes, uint8 (n,), where they are in memory already
 ) -> pd.DataFrame: # its table; `attrs` holds the file's own metadata
     "Read a table; raises `MissingFileError` or `CorruptError`."
-    if not Path(path).is_file(): raise MissingFileError(f"{path} is not there")
-    try: table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as e:
+    if data is None and not Path(path).is_file(): raise MissingFileError(f"{path} is not there")
+    try: return _plain_table(pq.read_table(path if data is None else pa.BufferReader(pa.py_buffer(data))))
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as e:
         raise CorruptError(f"{path} is not readable as Parquet", found=str(e).split('\n')[0],
                            remedy="write it again") from e
+
+def _plain_table(table):
+    "A dataframe with lists as lists, and the file's own metadata."
     df = table.to_pandas()
     for field in table.schema:
         if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):

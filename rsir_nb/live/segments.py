@@ -16,7 +16,7 @@ import xxhash
 from fastcore.basics import patch
 
 from ..core import CorruptError, MissingFileError, atomic_path
-from ..retrieval.codes import file_checksum
+from ..checksums import CheckedFile, file_checksum
 from ..retrieval.hamming import HammingIndex
 from ..retrieval.local import load_arrays, save_arrays
 
@@ -111,6 +111,10 @@ def without(self:Segment,
 def _head(path):
     with open(path, 'rb') as f: return f.read(24).hex()
 
+def _check(path, wanted):
+    if not path.is_file(): raise MissingFileError(f"{path} is not there")
+    CheckedFile(path, wanted, _REMEDY).bytes()
+
 def _note(path):
     return dict(file=path.name, bytes=path.stat().st_size, checksum=file_checksum(path), head=_head(path))
 
@@ -148,6 +152,7 @@ def open_segment(
 ) -> Segment: # mapped
     "Open a segment that a manifest names; raises `MissingFileError` or `CorruptError`."
     path, gone, alive = Path(folder)/entry['file'], entry['deleted'], None
+    for note in (entry, gone) if gone else (entry,): _check(Path(folder)/note['file'], note['checksum'])
     index = HammingIndex.load(path, verify=False)
     if (_head(path), len(index), index.n_bits) != (entry['head'], entry['n'], n_bits):
         raise CorruptError(f"{path} is not the file that the manifest names", remedy=_REMEDY)

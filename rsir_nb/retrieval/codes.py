@@ -4,20 +4,22 @@
 
 # %% ../../nbs/40_retrieval.codes.ipynb #77b0d0ab
 from __future__ import annotations
-import importlib.metadata, json, platform
+import importlib.metadata, io, json, math, platform, re, struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from fastcore.basics import patch
 
 from ..core import (CorruptError, InputError, MissingFileError, atomic_path, content_hash, lazy_import,
                           read_json, unknown_name, write_json)
+from ..checksums import CheckedFile, CheckedFiles, file_checksum, open_steady, warn_unsealed
 from ..geo import read_geoparquet, write_geoparquet
 
 # %% auto #0
-__all__ = ['binarise', 'pack_bits', 'unpack_bits', 'check_codes', 'hamming_distances', 'bit_statistics', 'CodeStore']
+__all__ = ['binarise', 'pack_bits', 'unpack_bits', 'check_codes', 'hamming_distances', 'bit_statistics', 'CodeStore',
+           'mapped_array', 'check_patch_ids']
 
 # %% ../../nbs/40_retrieval.codes.ipynb #1d1ae7d1
 pd = lazy_import('pandas')
@@ -109,15 +111,7 @@ def bit_statistics(
 
 # %% ../../nbs/40_retrieval.codes.ipynb #652b9c31
 _FORMAT, _VERSION = 'rsir_nb codes', 1
-
-def file_checksum(
-    path:str|Path, # the file
-) -> str: # hexadecimal, xxh3 of 128 bits
-    "The checksum of a file, read in pieces."
-    h = xxhash.xxh3_128()
-    with open(path, 'rb') as f:
-        while piece := f.read(1 << 24): h.update(piece)
-    return h.hexdigest()
+_AGAIN = "make it again with --overwrite, or restore a copy; rsir verify lists all damage"
 
 def _versions():
     names = 'rsir_nb', 'torch', 'numpy', 'timm'
@@ -130,14 +124,21 @@ class CodeStore:
     def __init__(self,
         path:str|Path, # folder written by `CodeStore.write`
     ):
-        self.path = Path(path)
+        self.path, self._table = Path(path), None
         if not self.path.is_dir(): raise MissingFileError(f"{path} is not there", wanted="a folder of codes")
+        open_steady(self.path, self._open)
+
+    def _open(self):
+        "Map all files, as they are now."
         self.provenance = _read_provenance(self.path/'provenance.json')
         self.n_bits, self.modalities = self.provenance['n_bits'], list(self.provenance['modalities'])
-        self.weights_hash = self.provenance['weights_hash']
-        self.codes = {m: self._array('codes', m) for m in self.modalities if self.n_bits}
-        self.embeddings = {m: self._array('embeddings', m) for m in self.provenance['embeddings']}
-        self._table = None
+        self.weights_hash, known = self.provenance['weights_hash'], self.provenance.get('checksums', {})
+        if not known: warn_unsealed(self.path/'provenance.json')
+        kinds = dict(codes=self.modalities if self.n_bits else [], embeddings=self.provenance['embeddings'])
+        names = [*(f'{kind}/{m}.npy' for kind, of in kinds.items() for m in of), 'table.parquet']
+        self._files = {o: CheckedFile(self.path/o, known.get(o), _AGAIN) for o in names}
+        self.codes, self.embeddings = (CheckedFiles({m: self._files[f'{kind}/{m}.npy'] for m in of},
+            {m: self._array(f'{kind}/{m}.npy') for m in of}) for kind, of in kinds.items())
 
     @classmethod
     def open(cls,
@@ -146,22 +147,33 @@ class CodeStore:
         "Open a store for reading."
         return cls(path)
 
-    def _array(self, kind, modality):
-        name = f'{kind}/{modality}.npy'
-        path, wanted = self.path/name, self.provenance['arrays'][name]
-        if not path.is_file(): raise CorruptError(f"{path} is missing", remedy="write the store again")
-        try: array = np.load(path, mmap_mode='r', allow_pickle=False)
-        except (ValueError, OSError, EOFError) as e:
-            raise CorruptError(f"{path} is damaged", found=str(e), remedy="write the store again") from e
-        if [str(array.dtype), list(array.shape)] != wanted:
-            raise CorruptError(f"{path} is not the file that was written",
-                               found=f"{array.dtype} {array.shape}",
-                               wanted=f"{wanted[0]} {tuple(wanted[1])}")
-        return array
+    def _array(self, name):
+        "One array, mapped; its header must declare what the record says and what the file has room for."
+        file, wanted = self._files[name], self.provenance['arrays'][name]
+        try: dtype, shape, order, raw = mapped_array(file.raw)
+        except (ValueError, EOFError, struct.error, UnicodeDecodeError) as e:
+            raise CorruptError(f"{file.path} is damaged", found=str(e), remedy=_AGAIN) from e
+        if [str(dtype), list(shape)] != wanted:
+            raise CorruptError(f"{file.path} is damaged, or not the file that was written",
+                               found=f"{dtype} {shape}", wanted=f"{wanted[0]} {tuple(wanted[1])}", remedy=_AGAIN)
+        return raw.view(dtype).reshape(shape, order=order)
 
     def __len__(self): return self.provenance['n']
+    def __reduce__(self): return type(self), (self.path,)
 
 # %% ../../nbs/40_retrieval.codes.ipynb #2335c6fd
+def mapped_array(
+    raw:np.ndarray, # all bytes of an .npy file, uint8 (n,)
+) -> tuple: # dtype, shape, 'C' or 'F', and the bytes of the values, uint8
+    "Read the header of an array; raises `ValueError` where the file does not hold what it declares."
+    head = io.BytesIO(raw[:1 << 14].tobytes())
+    if (version := np.lib.format.read_magic(head)) != (1, 0): raise ValueError(f"version {version} of .npy")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    rest = raw[head.tell():]
+    if dtype.hasobject or math.prod(shape)*dtype.itemsize != len(rest) or any(o < 0 for o in shape):
+        raise ValueError(f"{len(rest):,} bytes for {dtype} {shape}")
+    return dtype, shape, 'F' if fortran else 'C', rest
+
 def _read_provenance(path):
     "The record, checked for format, version and its own checksum."
     if not path.is_file():
@@ -181,10 +193,10 @@ def _read_provenance(path):
 def table(self:CodeStore) -> pd.DataFrame: # one row an item, in the order of the codes
     "The table of items."
     if self._table is None:
-        self._table = read_geoparquet(self.path/'table.parquet')
+        file = self._files['table.parquet']
+        self._table = read_geoparquet(file.path, file.bytes())
         if len(self._table) != len(self):
-            raise CorruptError(f"{self.path/'table.parquet'} has another length", found=len(self._table),
-                               wanted=len(self))
+            raise CorruptError(f"{file.path} has another length", found=len(self._table), wanted=len(self))
     return self._table
 
 @patch(as_prop=True)
@@ -230,6 +242,10 @@ def write(cls:CodeStore,
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there already", remedy="pass overwrite=True, or another path")
     codes, table, embeddings = _check_contents(codes, table, embeddings or {}, present or {})
+    for m in codes or embeddings:
+        if re.search(r'^\.|[/\\\0]', str(m)): raise InputError(f"{m!r} cannot be the name of a modality",
+            wanted="a name without / and \\, and no dot in front", remedy="files are named by it")
+    check_patch_ids(table['id'])
     record = dict(json.loads(json.dumps(provenance or {}, default=str)), format=_FORMAT, version=_VERSION,
                   n=len(table), n_bits=next((x.shape[1]*8 for x in codes.values()), 0),
                   modalities=list(codes or embeddings),
@@ -277,6 +293,26 @@ def _check_contents(codes, table, embeddings, present):
     for m in codes or embeddings: table[f'has_{m}'] = np.asarray(present[m], dtype=bool)
     return codes, table, embeddings
 
+def check_patch_ids(
+    ids:Iterable, # names of patches
+):
+    "Raise `InputError` for a name that cannot be written down, or for names of mixed types."
+    ids, kinds = list(ids), set()
+    for i in range(0, len(ids), 1 << 16):
+        part = ids[i:i + (1 << 16)]
+        kinds |= {int if issubclass(o, np.integer) else o for o in set(map(type, part))}
+        text = '\n'.join(map(str, part))
+        if kinds <= {int} or (kinds <= {str} and '\0' not in text and '' not in part and _is_unicode(text)): continue
+        bad = next((o for o in part if not isinstance(o, (str, int, np.integer)) or '\0' in str(o) or o == ''
+                    or not _is_unicode(str(o))), f"{part[0]!r} beside another type")
+        raise InputError("this cannot be the id of a patch", found=ascii(bad), wanted="text, or whole numbers for all",
+                         remedy="ids are neither empty, nor NaN, nor mixed, and hold no zero character")
+
+def _is_unicode(text):
+    "Whether a text can be written: it has no half of a surrogate pair."
+    try: return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError: return False
+
 # %% ../../nbs/40_retrieval.codes.ipynb #cbc2dab8
 @patch
 def require(self:CodeStore,
@@ -299,12 +335,8 @@ def require(self:CodeStore,
 @patch
 def verify(self:CodeStore) -> CodeStore: # the same store
     "Compare every file with its checksum; raises `CorruptError` naming the first that differs."
-    for name, wanted in self.provenance['checksums'].items():
-        if not (self.path/name).is_file(): raise CorruptError(f"{self.path/name} is missing")
-        found = file_checksum(self.path/name)
-        if found != wanted:
-            raise CorruptError(f"{self.path/name} is damaged", found=f"checksum {found}", wanted=wanted,
-                               remedy="write the store again")
+    for name, wanted in self.provenance.get('checksums', {}).items():
+        CheckedFile(self.path/name, wanted, _AGAIN).check()
     return self
 
 # %% ../../nbs/40_retrieval.codes.ipynb #75c648d0
