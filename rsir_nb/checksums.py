@@ -16,14 +16,15 @@ from .core import CorruptError, MissingFileError, content_hash, read_json, write
 
 # %% auto #0
 __all__ = ['REMEMBERED', 'file_checksum', 'CheckedFile', 'CheckedFiles', 'open_steady', 'write_sealed', 'read_sealed',
-           'warn_unsealed', 'seal_text', 'check_sealed_text']
+           'warn_unsealed', 'seal_text', 'check_sealed_text', 'is_sealed', 'reseal_text']
 
 # %% ../nbs/00c_checksums.ipynb #1fe207d3
 def file_checksum(
     path:str|Path, # the file
+    short:bool=False, # 64 bits, as checkpoints of earlier versions have it
 ) -> str: # hexadecimal, xxh3 of 128 bits
     "The checksum of a file, read in pieces."
-    h = xxhash.xxh3_128()
+    h = xxhash.xxh3_64() if short else xxhash.xxh3_128()
     with open(path, 'rb') as f:
         while piece := f.read(1 << 24): h.update(piece)
     return h.hexdigest()
@@ -45,6 +46,12 @@ class CheckedFile:
             self.raw = np.memmap(f, np.uint8, 'r') if about.st_size else np.empty(0, np.uint8)
         self.identity = [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns]
 
+    def still_there(self) -> bool:
+        "Whether the path still leads to this file."
+        try: about = os.stat(self.path)
+        except OSError: return False
+        return [about.st_dev, about.st_ino] == self.identity[:2]
+
     def bytes(self) -> np.ndarray: # uint8 (n,), mapped
         "The file's content; raises `CorruptError` if it is not what was written."
         if not self.good: self.check(remember=len(self.raw) >= REMEMBERED)
@@ -55,8 +62,9 @@ class CheckedFile:
         told = [*self.identity, self.wanted]
         if not (remember and _recall(self.path) == told):
             found = xxhash.xxh3_128_hexdigest(self.raw.data)
-            if found != self.wanted: raise CorruptError(f"{self.path} is damaged", found=f"checksum {found}",
-                                                        wanted=self.wanted, remedy=self.remedy)
+            if found != self.wanted: raise CorruptError(
+                f"{self.path} is damaged, or not the file that was written", found=f"checksum {found}",
+                wanted=self.wanted, remedy=self.remedy)
             if remember: _remember(self.path, told)
         self.good = True
 
@@ -134,15 +142,14 @@ def read_sealed(
     return found
 
 # %% ../nbs/00c_checksums.ipynb #b157edf1
-_told = set()
+_told = []
 
 def warn_unsealed(
     path:str|Path, # a file without a checksum
 ):
-    "Log once per folder that its files cannot be checked."
-    home = Path(path).absolute().parent
-    if home in _told: return
-    _told.add(home)
+    "Log once that there are files that cannot be checked."
+    if _told: return
+    _told.append(path)
     logging.getLogger(__name__).warning(
         "%s has no checksum and is not checked; `rsir verify RUN --seal` adds those of a run", path)
 
@@ -166,5 +173,19 @@ def check_sealed_text(
     first = text.partition('\n')[0]
     if not text.startswith(_SEAL) and not re.search('[0-9a-f]{32}', first): return warn_unsealed(path)
     if text != seal_text(text): raise CorruptError(f"{path} was changed after it was written", remedy=remedy)
+
+def is_sealed(
+    path:str|Path, # a config or a note
+) -> bool: # whether it has a checksum of its own
+    "Whether a file was written with a checksum in it."
+    text = Path(path).read_bytes().decode(errors='replace')
+    if Path(path).suffix != '.json': return bool(re.search('[0-9a-f]{32}', text.partition('\n')[0]))
+    return re.search(r'"sealed": "[0-9a-f]{16}"', text) is not None
+
+def reseal_text(
+    text:str, # with or without a checksum above it
+) -> str: # with a new one
+    "Accept a text as it is now."
+    return seal_text(text if text.startswith(_SEAL) else re.sub(r'^#.*[0-9a-f]{32}\n', '', text))
 
 def _body(text): return text.partition('\n')[2] if text.startswith(_SEAL) else text

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import rsir_nb
 from .core import (DATASETS, METHODS, CorruptError, InputError, MissingFileError, atomic_path,
-                          lazy_import, load_plugins, modules_with, unknown_name, write_json)
-from .checksums import check_sealed_text, seal_text
+                          lazy_import, load_plugins, modules_with, unknown_name)
+from .checksums import check_sealed_text, seal_text, write_sealed
 from .plugins import load_installed
 from .typed import PLAIN, absolute_path, builder_arguments, constructors, typed_value
 
@@ -274,7 +274,7 @@ def save_config(
     run_dir = Path(run_dir)
     text = OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
     with atomic_path(run_dir/'config.yaml') as part: part.write_text(seal_text(text))
-    write_json(run_dir/'versions.json', versions())
+    write_sealed(run_dir/'versions.json', versions())
     return run_dir/'config.yaml'
 
 # %% ../nbs/01_config.ipynb #ad2f8a84

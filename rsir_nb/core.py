@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError',
            'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'FullDiskError', 'unknown_name',
            'Registry', 'package_sources', 'modules_with', 'registered_parts', 'registries', 'legal_arguments',
            'check_arguments', 'load_plugins', 'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json',
-           'folder_lock', 'content_hash', 'make_rng']
+           'folder_lock', 'sweep_parts', 'content_hash', 'make_rng']
 
 # %% ../nbs/00_core.ipynb #266f6cab
 import ast, errno, hashlib, importlib, importlib.util, inspect, json, os, re, shutil
@@ -251,7 +251,8 @@ def atomic_path(
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{o}") for o in ('part', 'old'))
     try:
         yield part
-        if path.is_dir() and not part.is_dir(): raise InputError(f"{path} is a folder", wanted="a file's name")
+        if path.is_dir() and not part.is_dir():
+            raise InputError(f"{path} is a folder", wanted="the name of a file")
         for o in [*(part.rglob('*') if part.is_dir() else []), part]: sync_path(o)
         if not (path.is_dir() and _exchange(part, path)):
             if path.is_dir(): os.replace(path, old)
@@ -333,6 +334,18 @@ def folder_lock(
         handle.write(str(os.getpid()))
         handle.flush()
         yield path
+
+def sweep_parts(
+    path:str|Path, # written by `atomic_path`, or a folder of such; the caller holds its lock
+):
+    "Delete what killed processes left of writing `path` and what is in it."
+    path = Path(path)
+    for o in [*path.parent.glob('.*'), *path.rglob('.*')]:
+        found = re.fullmatch(r'\.(.+)\.\d+\.(part|old)', o.name)
+        if not found or (o.parent == path.parent and found[1] != path.name): continue
+        if found[2] == 'old' and not (o.parent/found[1]).exists(): os.replace(o, o.parent/found[1])
+        elif o.is_dir(): shutil.rmtree(o)
+        else: o.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #a5bdbb04
 def content_hash(

@@ -8,7 +8,8 @@ __all__ = ['method_folder', 'run_weights', 'best_epoch']
 # %% ../nbs/01a_rundir.ipynb #e81a4fa0
 from pathlib import Path
 
-from .core import MissingFileError, read_json
+from .checksums import read_sealed
+from .core import CorruptError, MissingFileError
 
 # %% ../nbs/01a_rundir.ipynb #3d61e9b9
 def method_folder(
@@ -25,13 +26,16 @@ def run_weights(
     run_dir:str|Path, # a run's folder
 ) -> str: # 16 hexadecimal digits, see `Method.weights_hash`
     "The name of a run's weights, without loading them."
-    return read_json(method_folder(run_dir)/'method.json')['weights_hash']
+    found = read_sealed(method_folder(run_dir)/'method.json').get('weights_hash')
+    if isinstance(found, str): return found
+    raise CorruptError(f"{method_folder(run_dir)/'method.json'} names no weights",
+                       remedy="copy or train it again")
 
 # %% ../nbs/01a_rundir.ipynb #b305caea
 def best_epoch(
     run_dir:str|Path, # a run's folder
 ) -> str|None: # such as '7, the best by val/map@10 (0.512)'; None where no epoch was validated
     "Which epoch a finished run's weights are of, in words."
-    told = read_json(Path(run_dir)/'finished.json')
+    told = read_sealed(Path(run_dir)/'finished.json')
     if 'best_epoch' not in told: return None
     return f"{told['best_epoch'] + 1}, the best by {told['monitor']} ({told['value']:.4g})"

@@ -61,8 +61,8 @@ def test_a_broken_job_goes_on_with_the_shards_that_are_there(nodes, run, monkeyp
         with pytest.raises(KeyboardInterrupt): encode_on_ray(cfg.out, **SIZES)
     assert asked == [2] and kept == [shards[i].stat().st_mtime_ns for i in (1, 3)]
     with pytest.raises(InputError, match="another batch_size"): encode_on_ray(cfg.out, **{**SIZES, "batch_size": 4})
-    with folder_lock(part):
-        with pytest.raises(BusyError): encode_on_ray(cfg.out, **SIZES)
+    with folder_lock(part.parent, ".codes.lock"):
+        with pytest.raises(BusyError): encode_on_ray(cfg.out, overwrite=True, **SIZES)
     store = encode_on_ray(cfg.out, **SIZES)
     for m in local.modalities: assert np.array_equal(store.codes[m], local.codes[m])
 

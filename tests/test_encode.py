@@ -100,7 +100,7 @@ def test_other_jobs_are_refused(tmp_path, run, method, archive):
     plan = dict(store.provenance["job"], weights="00c0ffee", batch_size=64, shard_size=4096)
     (tmp_path/"half.part"/"plan.json").write_text(json.dumps(plan))
     with pytest.raises(InputError, match="weights 00c0ffee"): encode(method, archive, tmp_path/"half", progress=False)
-    with folder_lock(tmp_path/"new.part"), pytest.raises(BusyError): encode(method, archive, tmp_path/"new", progress=False)
+    with folder_lock(tmp_path, ".new.lock"), pytest.raises(BusyError): encode(method, archive, tmp_path/"new", progress=False)
 
 
 class Broken(Archive):

@@ -506,7 +506,7 @@ def test_files_of_another_index_or_version_are_refused(damaged, tmp_path):
         whole = mine.read_bytes()
         assert mine.name == theirs.name and len(whole) == theirs.stat().st_size
         shutil.copy(theirs, mine)
-        with pytest.raises(CorruptError, match="not the file that the manifest names"): LiveIndex.open(damaged)
+        with pytest.raises(CorruptError, match="not the file that"): LiveIndex.open(damaged)
         mine.write_bytes(whole)
     path = damaged/"manifest"
     path.write_bytes(path.read_bytes().replace(b"version 1", b"version 2", 1))

@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..config import load_run_config, to_dict
-from ..core import InputError, check_arguments, folder_lock
+from ..core import InputError, check_arguments
 from ..data.base import Archive
 from .encode import (PatchReader, check_sizes, describe_job, encode, encode_shard,
                                    finish_store)
@@ -89,17 +89,20 @@ def encode_on_ray(
     options |= {k: v for k, v in {**to_dict(cfg.encode), **changes}.items() if k in options}
     check_sizes(options['batch_size'], options['shard_size'])
     store = UnfinishedStore(path)
-    if overwrite or store.weights not in (None, run_weights(run_dir)): store.delete()
+    overwrite = overwrite or store.weights not in (None, run_weights(run_dir))
     archive, method = build_archive(cfg.data) if archive is None else archive, load_method(run_dir)
     found = common_sensors(method, archive, options['modalities'])
     job = describe_job(method, archive, found, options['precision'],
                        options['embeddings'] or method.heads is None)
     store.job = job
-    if not path.exists():
-        with folder_lock(store.folder):
+    if not overwrite and store.done(): return store.open()
+    with store.lock():
+        if overwrite: store.clear()
+        if overwrite or not store.done():
             plan = store.begin(options['batch_size'], options['shard_size'])
             _shards_on_ray(run_dir, archive, store, plan, address, progress)
-            if not path.exists(): finish_store(store, method, archive)
+            finish_store(store, method, archive)
+        store.clear()
     return store.open()
 
 def _shards_on_ray(run_dir, archive, store, plan, address, progress):

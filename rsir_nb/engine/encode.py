@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..config import load_run_config, register_schema, to_dict
-from ..core import InputError, RsirError, check_arguments, content_hash, folder_lock, unknown_name
+from ..core import InputError, RsirError, check_arguments, content_hash, unknown_name
 from ..data.base import Archive
 from ..data.checks import check_patch
 from .parts import PRECISIONS, build_archive, load_method
@@ -132,23 +132,25 @@ def encode(
     embeddings:bool=True, # keep float16 embeddings beside the codes
     device:str|None=None, # where to compute; a GPU if there is one by default
     progress:bool=True, # show a progress bar
-    overwrite:bool=False, # delete what is there, and encode anew
+    overwrite:bool=False, # encode anew; what is there is replaced at the end
 ) -> CodeStore: # complete
     "Encode `archive` to `path`, or finish what was begun, or open what is done."
     check_sizes(batch_size, shard_size, num_workers)
-    if overwrite: UnfinishedStore(path).delete()
     if str(precision) not in PRECISIONS: raise unknown_name('precision', precision, PRECISIONS)
     found = common_sensors(method, archive, modalities)
     make_distance(method.distance) # an unknown name is an error before the work
     job = describe_job(method, archive, found, precision, embeddings or method.heads is None)
     store, home = UnfinishedStore(path, job), method.device
-    if not store.path.exists():
-        with folder_lock(store.folder):
+    if not overwrite and store.done(): return store.open()
+    with store.lock():
+        if overwrite: store.clear()
+        if overwrite or not store.done():
             plan = store.begin(batch_size, shard_size)
             method.to(usable_device(device) if device else 'cuda' if torch.cuda.is_available() else home)
             try: _make_shards(method, archive, store, plan, num_workers, progress)
             finally: method.to(home)
-            if not store.path.exists(): finish_store(store, method, archive)
+            finish_store(store, method, archive)
+        store.clear()
     return store.open()
 
 # %% ../../nbs/70c_engine.encode.ipynb #211ba061
@@ -203,7 +205,7 @@ def finish_store(
     joint = {j: list(method.joint[j]) for j in job['modalities'] if j in method.joint}
     seen = [m for m in sensors if m in has]
     table = archive.table.iloc[kept].assign(**{f'from_{j}': _names(has, of) for j, of in joint.items()})
-    CodeStore.write(path, arrays.get('codes', {}), table, method.weights_hash,
+    CodeStore.write(path, arrays.get('codes', {}), table, method.weights_hash, overwrite=True,
                     embeddings=arrays.get('embeddings'),
                     present={m: has[m] for m in has if m in job['modalities']},
                     provenance=dict(job=job, method=method.describe(), distance=method.distance,

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
 from ..config import load_run_config, register_schema, to_dict
-from ..core import METHODS, InputError, check_arguments, read_json
+from ..checksums import read_sealed
+from ..core import METHODS, InputError, check_arguments, folder_lock, sweep_parts
 from ..data.base import Archive, concat_archives
 from .classes import classify_store
 from .encode import encode, encode_run
@@ -251,7 +252,7 @@ def evaluate(
     del job['memory_mb'] # which changes no score
     singles = 'queries.parquet' if has_labels(store) else 'ranks.parquet'
     there = all((folder/name).is_file() for name in ('evaluation.json', singles))
-    if there and read_json(folder/'evaluation.json')['job'] == job: return load_evaluation(folder)
+    if there and read_sealed(folder/'evaluation.json').get('job') == job: return load_evaluation(folder)
     systems = _systems(o.baselines, cfg, archive, store, o.protocol, run_dir/'baselines', progress)
     found = evaluate_store(store, o.protocol, cfg.method.name, systems, o.depth, o.drawings, o.metrics,
                            cfg.seed, o.memory_mb, progress, sorted(set(o.ks)), o.partners)
@@ -259,7 +260,9 @@ def evaluate(
     classes = _classifier_scores(run_dir, cfg, store, rules)
     found.about |= dict(classes=classes, warning=_saw_labels(run_dir, cfg, archive, rules, bool(classes)))
     if found.about['warning']: log.warning("%s", found.about['warning'])
-    found.save(folder)
+    with folder_lock(folder.parent, f'.{o.protocol}.lock'):
+        sweep_parts(folder)
+        found.save(folder)
     return found
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #b04d47df
@@ -274,7 +277,7 @@ def _classifier_scores(run_dir, cfg, store, protocol):
 def _saw_labels(run_dir, cfg, archive, protocol, classifies=False):
     "A warning if labels of the queries were learned from; else nothing."
     heads, method = run_dir/'hash'/'finished.json', to_dict(cfg.method)
-    told = read_json(heads) if heads.is_file() else {}
+    told = read_sealed(heads) if heads.is_file() else {}
     used = [k for k in ('zero_one', 'supervised') if told.get(k)]
     used += ['supervised_weight'] if method.get('supervised_weight') else []
     used += ['the classifier'] if classifies else []

@@ -17,7 +17,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..charts import new_figure, show_curve
-from ..core import InputError, MissingFileError, atomic_path, read_json, unknown_name, write_json
+from ..checksums import CheckedFile, file_checksum, read_sealed, write_sealed
+from ..core import InputError, MissingFileError, atomic_path, unknown_name
 
 # %% ../../nbs/73d_engine.evaluation.ipynb #acafe1be
 @dataclass
@@ -214,22 +215,28 @@ def save(self:Evaluation,
             table.to_csv(part/f'{name}.csv', index=False)
         for name, table in singles.items():
             if table is not False: table.to_parquet(part/f'{name}.parquet', index=False, compression='zstd')
-        write_json(part/'evaluation.json', self.about)
         for of in self.curves:
             figure = self.show_curves(of)[0].figure
             figure.savefig(part/f'{of}.png', dpi=120)
             plt.close(figure)
+        files = {o.name: file_checksum(o) for o in sorted(part.iterdir())}
+        write_sealed(part/'evaluation.json', dict(self.about, files=files))
 
 def load_evaluation(
     path:str|Path, # folder that `Evaluation.save` wrote
 ) -> Evaluation: # with its tables
     "Read an evaluation again."
     files = {o.name: o for o in Path(path).iterdir()}
+    about = read_sealed(Path(path)/'evaluation.json', _ANEW)
+    kept = about.pop('files', {})
+    for name, wanted in kept.items():
+        if name in files: CheckedFile(files[name], wanted, _ANEW).bytes()
     read = lambda name: pd.read_csv(files[name]) if name in files else None
-    table, margins, about = read('scores.csv'), read('margins.csv'), read_json(Path(path)/'evaluation.json')
+    table, margins = read('scores.csv'), read('margins.csv')
     return Evaluation(pd.DataFrame(columns=SCORE_COLUMNS) if table is None else table, margins, about,
                       files.get('queries.parquet'), read('speed.csv'), read('partners.csv'),
                       files.get('ranks.parquet'))
 
+_ANEW = "delete this folder and evaluate again"
 SCORE_COLUMNS = ('system kind n_bits direction metric k value ci_low ci_high n_queries n_places '
                  'n_items').split()

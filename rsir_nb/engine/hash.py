@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..config import load_run_config, register_schema, to_dict
-from ..core import InputError, check_arguments, folder_lock, lazy_import, read_json, write_json
+from ..checksums import read_sealed, write_sealed
+from ..core import InputError, check_arguments, folder_lock, lazy_import, sweep_parts
 from ..data.base import Archive, TensorArchive
 from .encode import encode
 from .parts import TrainerConfig, build_archive, split_of, trainer_config
@@ -161,7 +162,7 @@ def train_hash(
     run_dir:str|Path, # folder of a finished run
     archive:Archive|None=None, # whose training split is learned from; the run's own by default
     progress:bool=True, # show progress bars
-    overwrite:bool=False, # replace heads of other settings, and drop the codes and index that they made
+    overwrite:bool=False, # replace heads of other settings; the next `index` makes codes and index again
     **changes, # of the run's settings: n_bits=, epochs=, lr=, ...
 ) -> Method: # the run's method with its heads, also in `run_dir`/hash/method
     "Train hash heads on the frozen features of a run, or load those that are there."
@@ -173,14 +174,13 @@ def train_hash(
     _check_settings(settings)
     job = json.loads(json.dumps(dict(settings, seed=cfg.seed, weights=method.weights_hash)))
     with folder_lock(home):
+        sweep_parts(home)
         if (home/'finished.json').is_file() and not overwrite:
-            _same_heads(read_json(home/'finished.json'), job, home)
+            _same_heads(read_sealed(home/'finished.json'), job, home)
             log.info("%s is done", home)
             return Method.load(home/'method')
         (home/'finished.json').unlink(missing_ok=True)
         _same_job(home, job)
-        for o in ('codes', 'codes.part', 'search') if overwrite else ():
-            shutil.rmtree(Path(run_dir)/o, ignore_errors=True)
         archive = build_archive(cfg.data) if archive is None else archive
         train = split_of(archive, trainer_config(cfg).train_split)
         options = dict(to_dict(cfg.encode), embeddings=True, progress=progress)
@@ -191,7 +191,7 @@ def train_hash(
         method.heads = training.heads
         method.save(home/'method')
         shutil.rmtree(home/'checkpoints', ignore_errors=True)
-        write_json(home/'finished.json', job)
+        write_sealed(home/'finished.json', job)
     return method.eval()
 
 # %% ../../nbs/72_engine.hash.ipynb #c913f401
@@ -205,8 +205,8 @@ def _same_heads(found, job, home):
 def _same_job(home, job):
     "Start over where a training of other settings was broken off."
     begun = home/'begun.json'
-    if not begun.is_file() or read_json(begun) != job: shutil.rmtree(home/'checkpoints', ignore_errors=True)
-    write_json(begun, job)
+    if not begun.is_file() or read_sealed(begun) != job: shutil.rmtree(home/'checkpoints', ignore_errors=True)
+    write_sealed(begun, job)
 
 def _check_settings(o):
     "Refuse what no head can be trained with."

@@ -9,14 +9,15 @@ __all__ = ['read_published', 'convert_weights', 'adopt_weights']
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
 
 from ..config import group_arguments, save_config, to_dict
-from ..core import METHODS, InputError, atomic_path, folder_lock, write_json
+from ..checksums import write_sealed
+from ..core import METHODS, InputError, atomic_path, folder_lock
 from ..methods.embedding import common_sensors
 from .parts import build_archive
 from ..methods.base import Method
 from ..models.names import LAYOUTS, recognise, to_published_names
+from ..models.saving import write_tensors
 from ..models.weights import load_published, read_checkpoint
 
 # %% ../../nbs/78_engine.published.ipynb #0205c778
@@ -43,7 +44,7 @@ def convert_weights(
     found = load_published(path, num_heads=num_heads, decoder_heads=decoder_heads)
     state = to_published_names(found.state_dict, layout=found.layout)
     about = dict(system=LAYOUTS[found.layout].title, source=Path(path).name)
-    with atomic_path(out) as part: save_file(state, part, metadata=about)
+    with atomic_path(out) as part: write_tensors(state, part, metadata=about)
     return list(found.report)
 
 # %% ../../nbs/78_engine.published.ipynb #a8472454
@@ -67,7 +68,7 @@ def adopt_weights(
         save_config(OmegaConf.create(plain), run)
         method.save(run/'method')
         origin = dict(weights_hash=method.weights_hash, seconds=0, source=Path(path).name)
-        write_json(run/'finished.json', origin)
+        write_sealed(run/'finished.json', origin)
     return run
 
 # %% ../../nbs/78_engine.published.ipynb #d024300e

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from ..charts import html_figure, new_axes, show_bars
 from ..config import load_run_config, register_schema, to_dict
-from ..core import InputError, atomic_path, check_arguments, make_rng, read_json, unknown_name
+from ..checksums import read_sealed
+from ..core import InputError, atomic_path, check_arguments, make_rng, unknown_name
 from ..data.base import Archive
 from .encode import encode_run, skipped_patches
 from .evaluate import evaluate
@@ -197,7 +198,7 @@ def _galleries(archive, store, evaluation, o):
 
 def _origin(run_dir, cfg, store, archive):
     "Everything needed to make it again."
-    skipped, versions = skipped_patches(store), read_json(run_dir/'versions.json')
+    skipped, versions = skipped_patches(store), read_sealed(run_dir/'versions.json')
     facts = {'archive': f"{cfg.data.name}, {len(archive):,} patches", 'patches left out': len(skipped),
              'method': cfg.method.name, 'weights': store.weights_hash, 'seed': cfg.seed,
              'epoch': best_epoch(run_dir) or 'the last',
@@ -206,7 +207,7 @@ def _origin(run_dir, cfg, store, archive):
     rows = ''.join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
     bad = html_table(skipped.head(20).set_index('id'), 'The first patches left out') if len(skipped) else ''
     plain, heads = to_dict(cfg), run_dir/'hash'/'finished.json'
-    if heads.is_file(): plain['hash'] = read_json(heads)
+    if heads.is_file(): plain['hash'] = read_sealed(heads)
     yaml = escape(OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in plain.items() if k != 'out'})))
     return (f"<h2>How it was made</h2>\n<dl>{rows}</dl>\n{bad}"
             f"<details><summary>The whole config</summary><pre>{yaml}</pre></details>\n")

@@ -4,18 +4,20 @@
 
 # %% ../../nbs/73a_engine.retriever.ipynb #f5d7ea7c
 from __future__ import annotations
-import os, re, shutil
+import logging, os, re, shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Callable
 
 import numpy as np
 from fastcore.basics import patch
 
 from ..config import load_run_config, register_schema
-from ..core import (INDEXES, CorruptError, InputError, MissingFileError, atomic_path, folder_lock,
-                          lazy_import, legal_arguments, read_json, unknown_name, write_json)
+from ..checksums import CheckedFile, open_steady, read_sealed, write_sealed
+from ..core import (INDEXES, BusyError, CorruptError, InputError, MissingFileError, atomic_path,
+                          folder_lock, lazy_import, legal_arguments, sweep_parts, unknown_name)
 from .search import Searcher
 from ..remote.engines import (address_scheme, fill_index, index_class, index_schemes, open_index,
                                     without_password)
@@ -28,6 +30,7 @@ from ..rundir import run_weights
 __all__ = ['Retriever', 'IndexConfig', 'open_search']
 
 # %% ../../nbs/73a_engine.retriever.ipynb #9c1266f3
+log = logging.getLogger(__name__)
 base = lazy_import('rsir_nb.methods.base')
 encoding = lazy_import('rsir_nb.engine.encode')
 archives = lazy_import('rsir_nb.data.base')
@@ -54,24 +57,34 @@ class Retriever(Searcher):
         engine:str|None=None, # the address again, where it needs a password that is not kept
     ) -> "Retriever": # its method is loaded when the first image arrives
         "Open a folder, checking that its parts belong together."
-        path = Path(path)
+        return open_steady(path, partial(cls._load, Path(path), mmap, device, archive, engine))
+
+    @classmethod
+    def _load(cls, path, mmap, device, archive, engine):
+        "Open the files as they are now."
         if not (path/'retriever.json').is_file(): raise MissingFileError(f"{path} is no complete retriever",
             remedy="build it with Retriever.build, or rsir index")
-        told, store = read_json(path/'retriever.json'), CodeStore.open(path/'codes')
-        if told['codes'] != store.provenance['checksum']:
-            raise CorruptError(f"{path} has an index of other codes", found=told['codes'],
+        told, store = read_sealed(path/'retriever.json'), CodeStore.open(path/'codes')
+        if told.get('codes') != store.provenance['checksum']:
+            raise CorruptError(f"{path} has an index of other codes", found=told.get('codes'),
                                wanted=store.provenance['checksum'], remedy="build it again")
         kept = told.get('engine', 'hamming')
         if engine is not None and without_password(engine) != kept:
             raise InputError(f"{path} is searched elsewhere", found=without_password(engine), wanted=kept)
-        if (weights := read_json(path/'method/method.json')['weights_hash']) != store.weights_hash:
+        if (weights := run_weights(path/'method')) != store.weights_hash:
             raise CorruptError(f"{path} has the codes of another method", found=store.weights_hash,
                                wanted=weights, remedy="build it again")
         indexes = {m: _open(engine or kept, path, m, store, mmap) for m in told['indexes']}
-        return cls(partial(_load_method, path/'method', device), store, indexes, path, archive)
+        files = [CheckedFile(o, None) for o in sorted((path/'method').iterdir()) if o.is_file()]
+        return cls(partial(_load_method, path/'method', device, files), store, indexes, path, archive)
 
 # %% ../../nbs/73a_engine.retriever.ipynb #b436cea9
-def _load_method(path, device): return base.Method.load(path, device)
+def _load_method(path, device, files):
+    "The method as it was when the search was opened, also if the folder was replaced since."
+    if all(o.still_there() for o in files): return base.Method.load(path, device)
+    with TemporaryDirectory() as d:
+        for o in files: (Path(d)/o.path.name).write_bytes(o.raw.data)
+        return base.Method.load(d, device)
 
 # %% ../../nbs/73a_engine.retriever.ipynb #2a212d2b
 @patch(cls_method=True)
@@ -80,31 +93,47 @@ def build(cls:Retriever,
     source:"archives.Archive|CodeStore", # an archive, or its codes if they are made already
     path:str|Path, # folder to write
     engine:str='hamming', # where codes are searched, see `IndexConfig`
+    overwrite:bool=False, # make it anew; what is there answers until the new one is complete
     **options, # as `encode` takes them: batch_size=, num_workers=, precision=, embeddings=, progress=, ...
 ) -> Retriever: # open
     "Make a retriever in `path`, or finish what was begun, or open what is done."
-    path = Path(path)
-    with folder_lock(path):
-        store = _adopt(source, path/'codes') if isinstance(source, CodeStore) else \
-                encoding.encode(method, source, path/'codes', **options)
+    path, given = Path(path), isinstance(source, CodeStore)
+    beside = path.with_name(path.name + '.part')
+    with folder_lock(path.parent, f'.{path.name}.lock'):
+        for o in path, beside: sweep_parts(o)
+        home = beside if overwrite and (path/'retriever.json').is_file() else path
+        options = dict(options, overwrite=overwrite)
+        store = source.verify() if given else encoding.encode(method, source, home/'codes', **options)
         store.require(weights_hash=method.weights_hash)
         told = dict(weights=method.weights_hash, codes=store.provenance['checksum'],
                     indexes=list(store.codes), engine=without_password(engine))
-        if not (path/'retriever.json').is_file() or read_json(path/'retriever.json') != told:
-            for m in store.codes: _fill(engine, path, m, store)
-            method.save(path/'method')
-            write_json(path/'retriever.json', told)
-    return cls.load(path, archive=None if isinstance(source, CodeStore) else source, engine=engine)
+        if overwrite or not _is_made(path, told, engine):
+            _make(method, store, path, engine, told)
+        shutil.rmtree(beside, ignore_errors=True)
+    return cls.load(path, archive=None if given else source, engine=engine)
 
 # %% ../../nbs/73a_engine.retriever.ipynb #b380ef25
-def _adopt(store, path):
-    "The same store at `path`; files are linked where the disk allows it, else copied."
-    if path.exists():
-        there = CodeStore.open(path)
-        if there.provenance['checksum'] == store.provenance['checksum']: return there
-        raise InputError(f"{path} holds other codes", remedy="choose another folder, or delete this one")
-    with atomic_path(path) as part: shutil.copytree(store.path, part, copy_function=_link)
-    return CodeStore.open(path)
+def _is_made(path, told, engine):
+    "Whether this very retriever is complete; damage is logged, and other codes are an error."
+    if not (path/'retriever.json').is_file(): return False
+    try:
+        found = read_sealed(path/'retriever.json')
+        if CodeStore.open(path/'codes').verify().provenance['checksum'] == told['codes']:
+            return found == told and bool(Retriever.load(path, engine=engine))
+    except (CorruptError, MissingFileError) as e:
+        log.warning("%s is made again: %s", path.name, e)
+        return False
+    raise InputError(f"{path} holds other codes", remedy="choose another folder, or pass overwrite=True")
+
+def _make(method, store, path, engine, told):
+    "Build the folder under another name; it takes its own in one step."
+    with atomic_path(path) as part:
+        shutil.copytree(store.path, part/'codes', copy_function=_link)
+        if CodeStore.open(part/'codes').provenance['checksum'] != told['codes']:
+            raise BusyError(f"{store.path} was replaced in the meantime", remedy="give the same command again")
+        for m in store.codes: _fill(engine, part, m, store)
+        method.save(part/'method')
+        write_sealed(part/'retriever.json', told)
 
 def _link(old, new):
     try: os.link(old, new)
@@ -174,7 +203,7 @@ def open_search(
     archive:"archives.Archive|None"=None, # where pictures of the hits come from
     device:str='cpu', # where queries are encoded
 ) -> Retriever: # of `run_dir`/search
-    "Open a run's search; raises an error if the run was trained further since it was indexed."
+    "Open a run's search; logs a message if the run was trained further since it was indexed."
     path, again = Path(run_dir)/'search', f"make it again: rsir index {run_dir} --overwrite"
     if not Path(run_dir).is_dir(): raise MissingFileError(f"{run_dir} is not there", wanted="a run's folder")
     if not (path/'retriever.json').is_file(): raise MissingFileError(f"{run_dir} cannot be searched yet",
@@ -182,7 +211,7 @@ def open_search(
     if (Path(run_dir)/'config.yaml').is_file(): load_run_config(run_dir) # imports its plugins
     try: found = Retriever.load(path, device=device, archive=archive)
     except (CorruptError, MissingFileError) as e: raise CorruptError(e.what, e.found, e.wanted, again) from e
-    weights = run_weights(run_dir)
-    if weights != found.store.weights_hash: raise InputError(f"{run_dir} was indexed with other weights",
-        found=found.store.weights_hash, wanted=f"{weights}, those that it has now", remedy=again)
+    if run_weights(run_dir) != found.store.weights_hash:
+        log.warning("%s was trained further; its search was made by other weights and goes on with them; %s",
+                    run_dir, again)
     return found

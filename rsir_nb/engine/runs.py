@@ -13,11 +13,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-import xxhash
 from tqdm.auto import tqdm
 
-from ..core import (CorruptError, atomic_path, content_hash, make_rng, read_json, unknown_name,
-                          write_json)
+from ..checksums import file_checksum, read_sealed, write_sealed
+from ..core import CorruptError, UnsafeFileError, atomic_path, content_hash, make_rng, unknown_name
 from ..machine import declare_torchvision_ops
 declare_torchvision_ops()
 import pytorch_lightning as pl
@@ -31,14 +30,17 @@ class CheckedCheckpoints(TorchCheckpointIO):
         plain = {k: v for k, v in checkpoint.items() if 'hyper_parameters' not in k}
         with atomic_path(path) as part: torch.save(plain, part)
         told = {k: checkpoint[k] for k in ('epoch', 'global_step') if k in checkpoint}
-        write_json(_note(path), dict(told, xxh3=_checksum(path)))
+        write_sealed(_note(path), dict(told, xxh3=file_checksum(path)))
 
     def load_checkpoint(self, path:str|Path, map_location:Any=None, weights_only:bool|None=None) -> dict:
         "Read what `save_checkpoint` wrote."
-        if _checksum(path) != read_json(_note(path))['xxh3']:
-            raise CorruptError(f"{path} is damaged", found="another checksum than when it was written",
-                               remedy="restore a copy, or start the run again with resume=False")
-        return torch.load(path, map_location=map_location or 'cpu', weights_only=True)
+        again = "restore a copy, or start the run again with --fresh (resume=False)"
+        kept = read_sealed(_note(path), again).get('xxh3') or 'none'
+        if kept not in (file_checksum(path), file_checksum(path, short=True)): raise CorruptError(
+            f"{path} is damaged", found="another checksum than when it was written", remedy=again)
+        try: return torch.load(path, map_location=map_location or 'cpu', weights_only=True)
+        except Exception as e: raise UnsafeFileError(f"{path} is no checkpoint of tensors and plain values",
+            found=' '.join(str(e).split())[:160], remedy=again) from e
 
     def remove_checkpoint(self, path:str|Path):
         "Remove a checkpoint and its note."
@@ -46,12 +48,6 @@ class CheckedCheckpoints(TorchCheckpointIO):
 
 # %% ../../nbs/70b_engine.runs.ipynb #f34a31f3
 def _note(path): return Path(path).with_suffix('.json')
-
-def _checksum(path):
-    h = xxhash.xxh3_64()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 22): h.update(block)
-    return h.hexdigest()
 
 # %% ../../nbs/70b_engine.runs.ipynb #7166fe68
 def last_checkpoint(

@@ -6,14 +6,15 @@
 __all__ = ['archive_picture', 'index_run', 'make_demo_store', 'demo']
 
 # %% ../../nbs/77_engine.stages.ipynb #44e458f0
-import logging, shutil, time
+import logging, time
 from pathlib import Path
 from typing import Callable
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import load_config, load_run_config, to_dict
-from ..core import DATASETS, METHODS, read_json, write_json
+from ..checksums import read_sealed, write_sealed
+from ..core import DATASETS, METHODS, CorruptError, folder_lock
 from ..data.base import Archive
 from ..data.layouts import write_v2_lmdb
 from ..data.store import PatchStore, write_store
@@ -40,16 +41,19 @@ def index_run(
     **changes, # of the run's settings: engine=
 ) -> Retriever: # also in `run_dir`/search
     "Encode a run's archive if that is not done, and put weights, codes and index together for search."
-    store, search = encode_run(run_dir, progress=progress, overwrite=overwrite), Path(run_dir)/'search'
+    run_dir = Path(run_dir)
     o = IndexConfig(**{**to_dict(load_run_config(run_dir).index), **changes})
-    if overwrite or _is_of_others(search, store): shutil.rmtree(search, ignore_errors=True)
-    return Retriever.build(load_method(run_dir), store, search, engine=o.engine)
+    with folder_lock(run_dir, '.index.lock'):
+        store = encode_run(run_dir, progress=progress, overwrite=overwrite)
+        anew = overwrite or _is_of_others(run_dir/'search', store)
+        return Retriever.build(load_method(run_dir), store, run_dir/'search', o.engine, anew)
 
 # %% ../../nbs/77_engine.stages.ipynb #73066893
 def _is_of_others(search, store):
     "Whether a search folder was made of other codes than those in `store`."
     told = search/'retriever.json'
-    return told.is_file() and read_json(told).get('codes') != store.provenance['checksum']
+    try: return told.is_file() and read_sealed(told).get('codes') != store.provenance['checksum']
+    except CorruptError: return True
 
 # %% ../../nbs/77_engine.stages.ipynb #fe35b8e7
 def make_demo_store(
@@ -81,13 +85,13 @@ def demo(
     run, start = Path(cfg.out), time.time()
     steps = _steps(cfg, run, progress)
     report, done = run/'report.html', run/'demo.json'
-    if done.is_file() and report.is_file() and read_json(done)['config'] == to_dict(cfg):
+    if done.is_file() and report.is_file() and read_sealed(done)['config'] == to_dict(cfg):
         log.info("the demo is done: open %s", report)
         return report
     for i, (what, step) in enumerate(steps, 1):
         log.info("%d/%d %s (%.0f s)", i, len(steps), what, time.time() - start)
         step()
-    write_json(done, dict(config=to_dict(cfg), seconds=round(time.time() - start)))
+    write_sealed(done, dict(config=to_dict(cfg), seconds=round(time.time() - start)))
     log.info("done in %.0f s: open %s", time.time() - start, report)
     return report
 

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..charts import html_figure, new_axes, show_bars
 from ..config import group_arguments, load_config, to_dict
-from ..core import InputError, atomic_path, content_hash, read_json, unknown_name, write_json
+from ..checksums import read_sealed, write_sealed
+from ..core import InputError, atomic_path, content_hash, unknown_name
 from ..data.store import write_store
 from .encode import encode_run
 from .evaluate import EvaluateConfig, evaluate_store
@@ -111,15 +112,15 @@ def score_settings(
     for i, (name, cfg) in enumerate(settings.items(), 1):
         home, told = Path(cfg.out), content_hash(to_dict(cfg))
         if (home/'scored.json').is_file():
-            found = read_json(home/'scored.json')
+            found = read_sealed(home/'scored.json')
             if found['config'] != told: raise InputError(f"{home} holds the scores of another config",
                 found=found['config'], wanted=told, remedy="choose another --out")
         else:
             log.info("%d of %d: %s", i, len(settings), name)
             table = score(name, cfg)
             rows = json.loads(table.to_json(orient='records'))
-            write_json(home/'scored.json', dict(config=told, rows=rows))
-        tables.append(pd.DataFrame(read_json(home/'scored.json')['rows']))
+            write_sealed(home/'scored.json', dict(config=told, rows=rows))
+        tables.append(pd.DataFrame(read_sealed(home/'scored.json')['rows']))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/77a_engine.sweep.ipynb #d79edfcb

@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..config import load_run_config, save_config, to_dict
-from ..core import InputError, MissingFileError, folder_lock, write_json
+from ..checksums import write_sealed
+from ..core import InputError, MissingFileError, folder_lock, sweep_parts
 from ..machine import declare_torchvision_ops
 from ..data.base import Archive, TensorArchive
 from ..data.module import ArchiveData
@@ -104,6 +105,7 @@ def pretrain(
     "Train the method that `cfg` describes, or finish what was begun; a finished run returns at once."
     run_dir, main = Path(cfg.out), rank_zero_only.rank == 0
     with folder_lock(run_dir) if main else nullcontext():
+        for o in ('checkpoints', 'method', 'pictures', 'config.yaml') if main else (): sweep_parts(run_dir/o)
         if not resume and main: _clear(run_dir)
         _same_config(cfg, run_dir)
         if (run_dir/'finished.json').is_file():
@@ -124,8 +126,8 @@ def _finish(method, run_dir, seconds, best):
     "Save the trained method; the run is done once the last line is written."
     method.cpu().save(run_dir/'method')
     told = {} if best is None else dict(best_epoch=best['epoch'], monitor=best['name'], value=best['value'])
-    write_json(run_dir/'finished.json', dict(weights_hash=method.weights_hash, seconds=round(seconds, 1),
-                                             **told))
+    write_sealed(run_dir/'finished.json', dict(weights_hash=method.weights_hash, seconds=round(seconds, 1),
+                                               **told))
 
 def _fit(method, archive, cfg, run_dir, progress, callbacks):
     "Train on the splits that the config names."

@@ -5,7 +5,7 @@
 # %% ../../nbs/50b_methods.base.ipynb #525179d1
 from __future__ import annotations
 
-import json, platform
+import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core import (METHODS, CorruptError, InputError, Registry, atomic_path, legal_arguments,
-                          read_json, unknown_name)
+from ..checksums import CheckedFile, file_checksum, read_sealed, write_sealed
+from ..core import (METHODS, CorruptError, InputError, Registry, RsirError, atomic_path,
+                          legal_arguments, unknown_name)
 from ..machine import keep_freed_memory
 from .inputs import InputAdapter
 from .optim import OptimConfig, make_optim
 from ..models.fingerprint import Fingerprint
 from ..models.rowwise import evaluating, in_blocks
-from ..models.saving import fill_saved, plain, registered_name
+from ..models.saving import bounded_sizes, fill_saved, plain, registered_name, write_tensors
 from ..models.trainable import Trainable
 
 # %% auto #0
@@ -285,9 +285,10 @@ def save(self:Method,
     rest = {k: v for k, v in tensors.items() if k not in weights and k.split('.')[0] not in self.lacks}
     with atomic_path(path) as part:
         part.mkdir()
-        save_file(weights, part/'model.safetensors')
-        if rest and training: save_file(rest, part/'training.safetensors')
-        (part/'method.json').write_text(json.dumps(about, indent=1) + '\n')
+        write_tensors(weights, part/'model.safetensors')
+        if rest and training: write_tensors(rest, part/'training.safetensors')
+        about['files'] = {o.name: file_checksum(o) for o in sorted(part.iterdir())}
+        write_sealed(part/'method.json', about)
     return Path(path)
 
 # %% ../../nbs/50b_methods.base.ipynb #7a405130
@@ -298,14 +299,27 @@ def load(cls:Method,
 ) -> Method: # in eval mode
     "Build the saved method through `METHODS` and give it its weights."
     path = Path(path)
-    about = read_json(path/'method.json')
+    about = read_sealed(path/'method.json', _COPY)
     if about.get('format') != FORMAT: raise InputError(f"{path} is not a method of this version",
         found=about.get('format'), wanted=FORMAT, remedy="save it again with the version that wrote it")
-    method = METHODS.create(about['method'], **about['arguments'])
-    if about['heads']: method.heads = HEADS.create(about['heads']['name'], **about['heads']['arguments'])
+    for name, wanted in about.get('files', {}).items():
+        if (path/name).is_file(): CheckedFile(path/name, wanted, _COPY).bytes()
+    try:
+        with bounded_sizes(path): method = _built(about)
+    except (KeyError, TypeError, AttributeError, OverflowError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RsirError): raise
+        raise CorruptError(f"{path} cannot be built", found=f"{type(e).__name__}: {e}", remedy=_COPY) from e
     if not isinstance(method, cls): raise InputError(f"{path} is another method",
         found=type(method).__name__, wanted=cls.__name__, remedy="use Method.load")
     method.lacks = fill_saved(method, path, method.training_only)
     if method.weights_hash != about['weights_hash']: raise CorruptError(f"{path} is damaged",
-        found=f"weights {method.weights_hash}", wanted=about['weights_hash'], remedy="copy or train it again")
+        found=f"weights {method.weights_hash}", wanted=about['weights_hash'], remedy=_COPY)
     return method.to(device).eval()
+
+_COPY = "copy or train it again"
+
+def _built(about):
+    "The network that a description asks for, with fresh weights."
+    method = METHODS.create(about['method'], **about['arguments'])
+    if about['heads']: method.heads = HEADS.create(about['heads']['name'], **about['heads']['arguments'])
+    return method

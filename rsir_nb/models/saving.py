@@ -5,20 +5,23 @@
 # %% ../../nbs/24b_models.saving.ipynb #8360a999
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..core import CorruptError, InputError, MissingFileError, Registry
 from ..sensors import Sensor
 
 # %% auto #0
-__all__ = ['plain', 'registered_name', 'read_tensors', 'fill_saved', 'fill_weights']
+__all__ = ['plain', 'registered_name', 'read_tensors', 'write_tensors', 'bounded_sizes', 'fill_saved', 'fill_weights']
 
 # %% ../../nbs/24b_models.saving.ipynb #041f4302
 def plain(
@@ -55,6 +58,41 @@ def read_tensors(
     try: return load_file(path)
     except Exception as e: raise CorruptError(f"{path} cannot be read", found=' '.join(str(e).split())[:200],
                                               remedy="copy or train it again") from e
+
+# %% ../../nbs/24b_models.saving.ipynb #2ba87fc8
+def write_tensors(
+    tensors:Mapping[str, Tensor], # name -> tensor, contiguous
+    path:str|Path, # a safetensors file
+    **options, # as `safetensors.torch.save_file` takes them: metadata=
+):
+    "Write tensors to a file with the usual permissions."
+    Path(path).touch()
+    mode = Path(path).stat().st_mode
+    save_file(dict(tensors), path, **options)
+    Path(path).chmod(mode & 0o777)
+
+# %% ../../nbs/24b_models.saving.ipynb #32e97057
+class bounded_sizes(TorchFunctionMode):
+    "While it is on, tensors beyond a number of values in all are not made."
+    def __init__(self,
+        path:str|Path, # folder with the weights that are to be filled in
+    ):
+        super().__init__()
+        files = Path(path).glob('*.safetensors')
+        self.path, self.left = path, (1 << 24) + sum(o.stat().st_size for o in files)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _MAKERS:
+            flat = bool(args) and isinstance(args[0], int)
+            size = (kwargs or {}).get('size', args if flat else next(iter(args), ()))
+            if not isinstance(size, (tuple, list)): size = ()
+            self.left -= math.prod(o for o in size if isinstance(o, int))
+            if self.left < 0: raise CorruptError(
+                f"{self.path} describes a network that its weights cannot fill",
+                found=f"a tensor of {tuple(size)}", remedy="copy or train it again")
+        return func(*args, **(kwargs or {}))
+
+_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
 # %% ../../nbs/24b_models.saving.ipynb #2e66f700
 def fill_saved(

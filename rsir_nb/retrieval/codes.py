@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_retrieval.codes.ipynb #77b0d0ab
 from __future__ import annotations
-import importlib.metadata, io, json, math, platform, re, struct
+import importlib.metadata, json, platform, re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from fastcore.basics import patch
 
 from ..core import (CorruptError, InputError, MissingFileError, atomic_path, content_hash, lazy_import,
                           read_json, unknown_name, write_json)
+from ..arrays import mapped_array
 from ..checksums import CheckedFile, CheckedFiles, file_checksum, open_steady, warn_unsealed
 from ..geo import read_geoparquet, write_geoparquet
 
 # %% auto #0
 __all__ = ['binarise', 'pack_bits', 'unpack_bits', 'check_codes', 'hamming_distances', 'bit_statistics', 'CodeStore',
-           'mapped_array', 'check_patch_ids']
+           'check_patch_ids']
 
 # %% ../../nbs/40_retrieval.codes.ipynb #1d1ae7d1
 pd = lazy_import('pandas')
@@ -150,30 +151,18 @@ class CodeStore:
     def _array(self, name):
         "One array, mapped; its header must declare what the record says and what the file has room for."
         file, wanted = self._files[name], self.provenance['arrays'][name]
-        try: dtype, shape, order, raw = mapped_array(file.raw)
-        except (ValueError, EOFError, struct.error, UnicodeDecodeError) as e:
+        try: array = mapped_array(file.raw)
+        except ValueError as e:
             raise CorruptError(f"{file.path} is damaged", found=str(e), remedy=_AGAIN) from e
-        if [str(dtype), list(shape)] != wanted:
-            raise CorruptError(f"{file.path} is damaged, or not the file that was written",
-                               found=f"{dtype} {shape}", wanted=f"{wanted[0]} {tuple(wanted[1])}", remedy=_AGAIN)
-        return raw.view(dtype).reshape(shape, order=order)
+        if [str(array.dtype), list(array.shape)] != wanted:
+            raise CorruptError(f"{file.path} is damaged, or not the file that was written", remedy=_AGAIN,
+                               found=f"{array.dtype} {array.shape}", wanted=f"{wanted[0]} {tuple(wanted[1])}")
+        return array
 
     def __len__(self): return self.provenance['n']
     def __reduce__(self): return type(self), (self.path,)
 
 # %% ../../nbs/40_retrieval.codes.ipynb #2335c6fd
-def mapped_array(
-    raw:np.ndarray, # all bytes of an .npy file, uint8 (n,)
-) -> tuple: # dtype, shape, 'C' or 'F', and the bytes of the values, uint8
-    "Read the header of an array; raises `ValueError` where the file does not hold what it declares."
-    head = io.BytesIO(raw[:1 << 14].tobytes())
-    if (version := np.lib.format.read_magic(head)) != (1, 0): raise ValueError(f"version {version} of .npy")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
-    rest = raw[head.tell():]
-    if dtype.hasobject or math.prod(shape)*dtype.itemsize != len(rest) or any(o < 0 for o in shape):
-        raise ValueError(f"{len(rest):,} bytes for {dtype} {shape}")
-    return dtype, shape, 'F' if fortran else 'C', rest
-
 def _read_provenance(path):
     "The record, checked for format, version and its own checksum."
     if not path.is_file():
@@ -302,10 +291,12 @@ def check_patch_ids(
         part = ids[i:i + (1 << 16)]
         kinds |= {int if issubclass(o, np.integer) else o for o in set(map(type, part))}
         text = '\n'.join(map(str, part))
-        if kinds <= {int} or (kinds <= {str} and '\0' not in text and '' not in part and _is_unicode(text)): continue
-        bad = next((o for o in part if not isinstance(o, (str, int, np.integer)) or '\0' in str(o) or o == ''
-                    or not _is_unicode(str(o))), f"{part[0]!r} beside another type")
-        raise InputError("this cannot be the id of a patch", found=ascii(bad), wanted="text, or whole numbers for all",
+        whole = '\0' not in text and '' not in part and _is_unicode(text)
+        if kinds <= {int} or (kinds <= {str} and whole): continue
+        bad = [o for o in part if not isinstance(o, (str, int, np.integer)) or o == '' or '\0' in str(o)
+               or not _is_unicode(str(o))]
+        raise InputError("this cannot be the id of a patch", found=ascii((bad or part)[0]),
+                         wanted="text, or whole numbers for all",
                          remedy="ids are neither empty, nor NaN, nor mixed, and hold no zero character")
 
 def _is_unicode(text):

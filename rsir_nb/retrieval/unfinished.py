@@ -6,13 +6,15 @@
 __all__ = ['UnfinishedStore']
 
 # %% ../../nbs/40f_retrieval.unfinished.ipynb #5fda798d
-import logging, shutil, zipfile
+import logging, shutil
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import InputError, atomic_path, read_json, write_json
+from ..arrays import read_arrays
+from ..checksums import read_sealed, write_sealed
+from ..core import BusyError, CorruptError, InputError, atomic_path, folder_lock, sweep_parts
 from .codes import CodeStore
 
 # %% ../../nbs/40f_retrieval.unfinished.ipynb #9fdc5e4f
@@ -37,14 +39,36 @@ class UnfinishedStore:
         self.path, self.job = Path(path), job
         self.folder = self.path.with_name(self.path.name + '.part')
 
+    def lock(self):
+        "Hold the store for writing; `BusyError` if another process does."
+        return folder_lock(self.path.parent, f'.{self.path.name}.lock')
+
+    def done(self) -> bool:
+        "Whether there is nothing to do; raises `InputError` where another job was done, and not this begun."
+        if not self.path.exists(): return False
+        if self._begun(): return not self._is_free()
+        _same_job(CodeStore.open(self.path).provenance.get('job', {}), self.job, self.path)
+        return True
+
+    def _begun(self):
+        "Whether this job was begun again, and not finished."
+        file = self.folder/'plan.json'
+        return file.is_file() and {k: v for k, v in read_sealed(file).items() if k in self.job} == self.job
+
+    def _is_free(self):
+        try:
+            with self.lock(): return True
+        except BusyError: return False
+
     def begin(self,
         batch_size:int, # patches at once
         shard_size:int, # patches in a shard
     ) -> dict: # the job and both sizes
         "Begin, or go on with what an equal job has begun; raises `InputError` for another's."
         plan, file = dict(self.job, batch_size=batch_size, shard_size=shard_size), self.folder/'plan.json'
-        if file.is_file(): _same_job(read_json(file), plan, self.folder)
-        else: write_json(file, plan)
+        for o in self.path, self.folder: sweep_parts(o)
+        if file.is_file(): _same_job(read_sealed(file), plan, self.folder)
+        else: write_sealed(file, plan)
         return plan
 
     def file(self,
@@ -61,10 +85,9 @@ class UnfinishedStore:
         return [i for i in range(0, n, shard_size) if self.load(i) is None]
 
     def open(self) -> CodeStore: # complete
-        "Open the finished store and delete the shards; raises `InputError` if another job made it."
+        "Open the finished store; raises `InputError` if another job made it."
         store = CodeStore.open(self.path)
         _same_job(store.provenance.get('job', {}), self.job, self.path)
-        shutil.rmtree(self.folder, ignore_errors=True)
         return store
 
 # %% ../../nbs/40f_retrieval.unfinished.ipynb #5d3e6b68
@@ -83,8 +106,8 @@ def load(self:UnfinishedStore,
     "Read a shard."
     if not self.file(start).is_file(): return None
     try:
-        with np.load(self.file(start), allow_pickle=False) as f: return {k: f[k] for k in f.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        return read_arrays(self.file(start))
+    except CorruptError:
         log.warning("%s is damaged and is made again", self.file(start).name)
         return None
 
@@ -95,14 +118,14 @@ def load_all(self:UnfinishedStore) -> list[dict[str, np.ndarray]]: # in the orde
 
 # %% ../../nbs/40f_retrieval.unfinished.ipynb #2cf9ba34
 @patch
-def delete(self:UnfinishedStore):
-    "Delete the store, complete or not."
-    for o in self.path, self.folder: shutil.rmtree(o, ignore_errors=True)
+def clear(self:UnfinishedStore):
+    "Delete the shards; a complete store stays."
+    shutil.rmtree(self.folder, ignore_errors=True)
 
 @patch(as_prop=True)
 def weights(self:UnfinishedStore) -> str|None: # None where nothing was begun
     "The weights that made the store, or a part of it."
     for file in self.folder/'plan.json', self.path/'provenance.json':
         if not file.is_file(): continue
-        about = read_json(file)
+        about = read_sealed(file) if file.parent == self.folder else CodeStore.open(self.path).provenance
         return about.get('weights_hash', about.get('weights'))
