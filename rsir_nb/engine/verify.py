@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..checksums import (CheckedFile, check_sealed_text, file_checksum, is_sealed, read_sealed, reseal_text,
-                               write_sealed)
+from ..checksums import (CheckedFile, check_sealed_text, file_checksum, is_sealed, read_sealed,
+                               reseal_text, write_sealed)
 from ..core import CorruptError, MissingFileError, atomic_path, lazy_import, read_json
 from ..live.segments import verify_files
 from ..retrieval.codes import CodeStore
@@ -28,19 +28,21 @@ def _checks(path, inside):
     home, name = path.parent, path.name
     if name == 'provenance.json' and 'checksums' in (found := _peek(path)):
         yield path, lambda: CodeStore.open(home)
-        yield from ((home/o, CheckedFile(home/o, wanted).check) for o, wanted in found['checksums'].items())
+        for o, wanted in found['checksums'].items(): yield home/o, partial(_compare, home/o, wanted)
     elif name == 'manifest': yield path, lambda: verify_files(home)
     elif name == 'data.mdb': yield path, lambda: _records(home)
     elif name == 'config.yaml' and is_sealed(path): yield path, lambda: check_sealed_text(path, 'restore a copy')
     elif path.suffix == '.json' and (is_sealed(path) or _unreadable(path)):
         yield path, lambda: read_sealed(path)
         for o, wanted in _peek(path).get('files', {}).items():
-            if (home/o).is_file(): yield home/o, CheckedFile(home/o, wanted).check
+            if (home/o).is_file(): yield home/o, partial(_compare, home/o, wanted)
         if 'xxh3' in _peek(path): yield path.with_suffix('.ckpt'), lambda: _checkpoint(path)
     elif home not in inside and path.suffix not in _PLAIN and _is_index(path):
         yield path, lambda: load_arrays(path, read_kind(path))
 
 _PLAIN = {'.json', '.yaml', '.csv', '.png', '.html', '.parquet', '.npy', '.npz', '.safetensors', '.ckpt'}
+
+def _compare(path, wanted): CheckedFile(path, wanted).check()
 
 def _peek(path):
     try: found = read_json(path)
@@ -96,8 +98,8 @@ def seal_files(
     "Add checksums where there are none; a changed config is accepted."
     sealed = []
     for path in (o for name in _NOTES for o in sorted(Path(folder).rglob(name))):
-        if is_sealed(path) and (path.suffix == '.json' or _state(partial(check_sealed_text, path, '')) == _GOOD):
-            continue
+        known = path.suffix == '.json' or _state(partial(check_sealed_text, path, '')) == _GOOD
+        if is_sealed(path) and known: continue
         if path.suffix == '.yaml':
             with atomic_path(path) as part: part.write_text(reseal_text(path.read_text(encoding='utf-8')))
         else: write_sealed(path, dict(read_json(path), **_files_of(path)))
