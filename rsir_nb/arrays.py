@@ -5,14 +5,15 @@
 # %% ../nbs/00d_arrays.ipynb #323fa3bf
 from __future__ import annotations
 import io, math, os, zipfile, zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from .core import CorruptError, MissingFileError
+from .core import CorruptError, MissingFileError, RsirError, UnsafeFileError
 
 # %% auto #0
-__all__ = ['declared_array', 'mapped_array', 'read_arrays']
+__all__ = ['declared_array', 'mapped_array', 'read_array_file', 'memory_size']
 
 # %% ../nbs/00d_arrays.ipynb #9672c07e
 def declared_array(
@@ -40,25 +41,42 @@ def mapped_array(
     return raw[begin:].view(dtype).reshape(shape, order=order)
 
 # %% ../nbs/00d_arrays.ipynb #d47638e7
-def read_arrays(
-    path:str|Path, # a file .npz, or .npy, whose array is then called 'array'
+def read_array_file(
+    path:str|Path, # a file .npz, or .npy
+    choose:Callable|None=None, # all names -> those that are read; by default all
 ) -> dict[str, np.ndarray]: # name -> array
     "Read all arrays of a file; raises `MissingFileError` or `CorruptError`."
     if not Path(path).is_file(): raise MissingFileError(f"{path} is not there", wanted="a file .npy or .npz")
+    unsafe = UnsafeFileError(f"{path} holds a pickled array, which may run code", wanted="numbers or text",
+                             remedy="save it again without dtype=object")
     try:
-        if not zipfile.is_zipfile(path): return dict(array=mapped_array(np.fromfile(path, np.uint8)))
-        with zipfile.ZipFile(path) as file: return dict(_entries(file))
+        if not zipfile.is_zipfile(path): return _single(path, choose)
+        with zipfile.ZipFile(path) as file: return dict(_entries(file, choose))
+    except RsirError: raise
     except (ValueError, OSError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError,
             zipfile.BadZipFile, zlib.error) as e:
-        raise CorruptError(f"{path} cannot be read as arrays", found=str(e).split('\n')[0] or type(e).__name__,
-                           wanted="what numpy.save or numpy.savez writes, without pickles") from e
+        if 'pickled' in str(e): raise unsafe from e
+        found = str(e).split('\n')[0] or type(e).__name__
+        raise CorruptError(f"{path} cannot be read as arrays", found=found,
+                           wanted="what numpy.save or numpy.savez writes", remedy="fetch it again") from e
 
-def _entries(file):
-    "Name and array of each entry of a zip archive."
-    memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
-    size = sum(o.file_size for o in file.infolist())
-    if size > memory: raise ValueError(f"{size:,} bytes, more than the memory of this machine")
-    for o in file.infolist():
-        with file.open(o) as f: declared_array(f.read(1 << 16), o.file_size)
+def memory_size() -> int: # bytes
+    "The memory of this machine."
+    return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
+
+def _single(path, choose):
+    "The array of an .npy file, called by the file's name."
+    names = [Path(path).stem]
+    names = names if choose is None else choose(names)
+    return {o: mapped_array(np.fromfile(path, np.uint8)) for o in names}
+
+def _entries(file, choose):
+    "Name and array of the entries of a zip archive."
+    every = {o.filename.removesuffix('.npy'): o for o in file.infolist()}
+    chosen = {o: every[o] for o in (every if choose is None else choose(list(every)))}
+    size = sum(o.file_size for o in chosen.values())
+    if size > memory_size(): raise ValueError(f"{size:,} bytes, more than the memory of this machine")
+    for name, o in chosen.items():
+        with file.open(o) as f: declared_array(f.read(1 << 16), o.file_size) # before memory is reserved
         raw = np.frombuffer(bytearray(file.read(o)), np.uint8)
-        yield o.filename.removesuffix('.npy'), mapped_array(raw)
+        yield name, mapped_array(raw)

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from .core import InputError, RsirError, unknown_name
+from .geo import write_csv
 from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overwrite, ProtocolName,
                              RunFolder, SourceSensor, TargetSensor, VerbGroup, changes_of, is_run, run_config,
                              shown, verb)
@@ -245,7 +246,7 @@ def compare_command(
     from rsir_nb.engine.compare import compare_runs
     table = compare_runs(run_a, run_b, protocol=protocol, metric=metric, k=k)
     print(table.round(4).to_string(index=False))
-    if csv: table.to_csv(csv, index=False)
+    if csv: write_csv(table, csv)
     return table
 
 # %% ../nbs/91_cli.ipynb #4696f40c
@@ -306,7 +307,7 @@ def duplicates_command(
     pairs = search.duplicates(sensor, radius, every, **filters)
     if len(pairs): print(pairs.head(n).to_string(index=False))
     print(told_duplicates(search, pairs))
-    if csv: pairs.to_csv(csv, index=False)
+    if csv: write_csv(pairs, csv)
     if html:
         write_duplicates(search, pairs, html, _picture_of(run), sensor or next(iter(search.indexes)), n)
     return pairs

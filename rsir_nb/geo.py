@@ -14,7 +14,7 @@ from .core import CorruptError, InputError, MissingFileError, atomic_path, lazy_
 
 # %% auto #0
 __all__ = ['wkb_polygon', 'wkb_quads', 'wkb_box', 'footprint', 'read_shapes', 'wkb_to_geojson', 'ground_side', 'bounding_boxes',
-           'write_geoparquet', 'read_geoparquet']
+           'write_geoparquet', 'read_geoparquet', 'write_csv']
 
 # %% ../nbs/04_geo.ipynb #8f62f17f
 pd = lazy_import('pandas')
@@ -168,3 +168,19 @@ def _plain_table(table):
     stored = table.schema.metadata or {}
     df.attrs = {k.decode(): json.loads(v) for k, v in stored.items() if k not in (b'pandas', b'ARROW:schema')}
     return df
+
+# %% ../nbs/04_geo.ipynb #d4237494
+def write_csv(
+    df:pd.DataFrame, # any table
+    path:str|Path, # file to write
+) -> Path: # `path`
+    "Write a table as CSV, atomically, without texts that a spreadsheet would run."
+    plain = df.copy()
+    for i in range(df.shape[1]):
+        if not pd.api.types.is_numeric_dtype(df.dtypes.iloc[i]):
+            plain.isetitem(i, [_no_formula(o) for o in df.iloc[:, i]])
+    with atomic_path(path) as part: plain.rename(columns=_no_formula).to_csv(part, index=False)
+    return Path(path)
+
+def _no_formula(o):
+    return f"'{o}" if isinstance(o, str) and o[:1] in ('=', '+', '-', '@', '\t', '\r') else o

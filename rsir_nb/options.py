@@ -63,7 +63,7 @@ def filter_options(
 ) -> dict: # as `Retriever.query` takes them
     "Filters, as far as the command line says."
     told = dict(where=where, label=label, box=box and box.split(','),
-                dates=(start, stop) if start or stop else None)
+                dates=None if start is stop is None else (start, stop))
     return {k: v for k, v in told.items() if v is not None}
 
 Filters = Annotated[dict, filter_options]

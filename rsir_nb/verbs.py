@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from .core import InputError
+from .geo import write_csv
 from .options import DryRun, Filters, Overrides, Overwrite, shown, verb
 
 # %% ../nbs/90c_verbs.ipynb #b5aa02be
@@ -102,7 +103,7 @@ def table_command(
     few = table[[o for o in ('id', 'split', 'date', 'place', 'labels') if o in table]].head(n)
     print(few.to_string(index=False, max_colwidth=60) if len(few) else "no patch matches")
     if len(few) < len(table): print(f"... {len(table):,} in all")
-    if csv: table.to_csv(csv, index=False)
+    if csv: write_csv(table, csv)
     return table
 
 # %% ../nbs/90c_verbs.ipynb #e3e48c09

@@ -16,6 +16,7 @@ import numpy as np
 import typer
 
 from .core import InputError, MissingFileError, atomic_path, lazy_import
+from .geo import write_csv
 
 # %% ../nbs/90d_verbs_codes.ipynb #6260519e
 pd = lazy_import('pandas')
@@ -189,7 +190,5 @@ def _line(hits, most=10):
     return ', '.join(words) + more if words else 'nothing'
 
 def _write(out, found, table):
-    with atomic_path(out) as part:
-        if out.suffix == '.csv': table.to_csv(part, index=False)
-        else:
-            with open(part, 'wb') as f: np.savez(f, **found)
+    if out.suffix == '.csv': return write_csv(table, out)
+    with atomic_path(out) as part, open(part, 'wb') as f: np.savez(f, **found)

@@ -6,7 +6,7 @@
 __all__ = ['read_arrays', 'class_lists', 'FeatureArchive']
 
 # %% ../../nbs/17a_data.features.ipynb #a65e0fc0
-import logging, zipfile
+import logging
 from pathlib import Path
 from typing import Literal, Mapping, Sequence
 
@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from torch import Tensor, as_tensor
 
+from ..arrays import read_array_file
 from ..core import (DATASETS, CorruptError, InputError, MissingFileError, UnsafeFileError, lazy_import,
                           unknown_name)
 from .base import Archive
@@ -50,18 +51,9 @@ def _wanted(path, names, there):
     return names if names is not None else list(there)
 
 def _read_npz(path, names):
-    try:
-        if path.suffix.lower() == '.npy':
-            file = dict(vectors=np.load(path, allow_pickle=False))
-            return {o: file[o] for o in _wanted(path, names, file)}
-        with np.load(path, allow_pickle=False) as file:
-            return {o: file[o] for o in _wanted(path, names, file.files)}
-    except ValueError as e:
-        if 'pickle' not in str(e).lower(): raise CorruptError(f"{path} is damaged", found=e) from e
-        raise UnsafeFileError(f"{path} holds a pickled array, which may run code", wanted="numbers or text",
-                              remedy="save it again without dtype=object") from e
-    except (OSError, EOFError, zipfile.BadZipFile) as e:
-        raise CorruptError(f"{path} cannot be read as .npz", found=e, remedy="fetch it again") from e
+    if path.suffix.lower() == '.npz': return read_array_file(path, lambda there: _wanted(path, names, there))
+    wanted = _wanted(path, names, ['vectors'])
+    return dict.fromkeys(wanted, next(iter(read_array_file(path).values())))
 
 def _read_hdf5(path, names):
     try: import h5py

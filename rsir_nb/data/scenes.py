@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..arrays import memory_size
 from ..core import DATASETS, InputError, MissingFileError, unknown_name
 from .base import Archive
 from .checks import check_patch, square_part, to_grid, to_square
@@ -127,7 +128,11 @@ def _cut(info, name, sensor, o):
             raise InputError(f"{info.path} has no coordinate system", wanted="one, to know where patches lie",
                              remedy="pass crs='EPSG:...', or crs='unknown' to go without places")
         info = replace(info, crs=None if o['crs'] == 'unknown' else o['crs'])
-    size = o['img_size']
+    size, most = o['img_size'], memory_size()//20
+    if info.height*info.width > most:
+        raise InputError(f"{info.path} is too large to be cut on this machine",
+                         found=f"{info.height:,}x{info.width:,} pixels", wanted=f"at most {most:,} pixels",
+                         remedy="cut it into files first: gdal_retile.py")
     corners = window_grid(info.height, info.width, size, o['stride'], o['partial'])
     inside, missing = _missing_parts(_missing(info, channels, nodata), corners, size)
     keep = inside <= o['max_nodata']

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import (DATASETS, CorruptError, InputError, MissingFileError, RsirError, UnknownNameError,
-                          atomic_path, unknown_name)
+                          unknown_name)
+from ..geo import write_csv
 from .base import Archive
 from .classes import Vocab
 from .checks import check_patch, to_grid, to_square
@@ -233,7 +234,7 @@ def _on_grid(archive, i, size):
 def _list_skipped(report):
     file, rows = report.path/'skipped.csv', pd.DataFrame(report.skipped, columns=['id', 'reason'])
     if not report.skipped: return file.unlink(missing_ok=True)
-    with atomic_path(file) as part: rows.to_csv(part, index=False)
+    write_csv(rows, file)
 
 # %% ../../nbs/11_data.store.ipynb #a09fb878
 @DATASETS.register('store')

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import InputError, MissingFileError, check_arguments, lazy_import, unknown_name
+from ..arrays import read_array_file
+from ..core import (CorruptError, InputError, MissingFileError, check_arguments, lazy_import,
+                          unknown_name)
 from .filters import TableFilter
 from ..geo import ground_side
 from ..retrieval.codes import CodeStore
@@ -170,9 +172,9 @@ def _unknown_query(path, rows):
 
 def _array_of(path):
     "The array of a .npy file, (C,H,W); a vector as an image of one pixel."
-    try: x = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise InputError(f"{path} cannot be read as an array", found=str(e).split('\n')[0],
+    try: x = next(iter(read_array_file(path).values()))
+    except (CorruptError, StopIteration) as e:
+        raise InputError(f"{path} cannot be read as an array", found=getattr(e, 'found', 'none'),
                          wanted="numbers, as numpy.save writes them") from e
     return x.reshape(-1, 1, 1) if x.ndim == 1 or x.ndim == 2 and len(x) == 1 else x
 

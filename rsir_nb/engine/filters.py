@@ -51,7 +51,7 @@ def _rows_in(bounds, box):
 # %% ../../nbs/71b_engine.filters.ipynb #8dd6005c
 def _span(dates):
     "The first and the last moment meant, in UTC; None where it is open."
-    if isinstance(dates, str) or len(dates) != 2:
+    if not isinstance(dates, Sequence) or isinstance(dates, str) or len(dates) != 2:
         raise InputError("these are no dates", found=repr(dates), wanted="two: ('2017-06', '2017-08')")
     first, last = (_end_of(o, how) for o, how in zip(dates, ('start_time', 'end_time'), strict=True))
     if first is not None and last is not None and first > last:
@@ -62,8 +62,9 @@ def _end_of(date, how):
     if date is None: return None
     try:
         whole = not isinstance(date, (datetime.datetime, np.datetime64))
-        t = getattr(pd.Period(str(date)), how) if whole else pd.Timestamp(date)
+        t = pd.Period(str(date)) if whole else pd.Timestamp(date)
         if t is pd.NaT: raise ValueError("no date")
+        if whole: t = getattr(t, how)
     except (ValueError, TypeError, OverflowError) as e:
         raise InputError(f"{date!r} is no date", wanted="2017, 2017-06 or 2017-06-13") from e
     return t.tz_localize('UTC') if t.tzinfo is None else t.tz_convert('UTC')
@@ -119,6 +120,9 @@ def _chosen(self:TableFilter, where):
         if where.min() < 0 or where.max() >= n: raise InputError("a row is not in the table",
             found=f"{where.min()} to {where.max()}", wanted=f"rows 0 to {n - 1}")
         return np.unique(where)
+    if where.ndim != 1 or where.dtype.kind not in 'OSU' and where.size:
+        raise InputError("this is no filter", found=f"{where.dtype} of shape {where.shape}",
+                         wanted="a condition, ids, row numbers, or a mask")
     for o in where.tolist():
         if o not in self.rows: raise unknown_name('patch', o, self.rows)
     return np.unique([self.rows[o] for o in where.tolist()]).astype(np.int64)
@@ -146,7 +150,7 @@ def __call__(self:TableFilter,
     found = [] if where is None else [self._chosen(where)]
     if label is not None: found.append(self.labels[label])
     if box is not None: found.append(_rows_in(self.bounds, box))
-    if dates is not None and tuple(dates) != (None, None): found.append(self._dated(dates))
+    if dates is not None and _span(dates) != (None, None): found.append(self._dated(dates))
     return reduce(np.intersect1d, found) if found else None
 
 # %% ../../nbs/71b_engine.filters.ipynb #61e2fd71

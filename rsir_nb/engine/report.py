@@ -187,6 +187,7 @@ def _galleries(archive, store, evaluation, o):
     labelled, system = has_labels(store), System(evaluation.about['ours'][0], store, kind)
     if labelled: ways = directions(store, protocol)
     else: ways = [replace(d, own=None) for d in partner_directions(store, protocol)]
+    ways = [d for d in ways if system.compares(d)]
     right = 'shares a label with the query' if labelled else "is the other sensor's image of the same patch"
     shared = ways[0].queries
     for d in ways: shared = np.intersect1d(shared, d.queries)

@@ -130,7 +130,8 @@ def _make(method, store, path, engine, told):
     with atomic_path(path) as part:
         shutil.copytree(store.path, part/'codes', copy_function=_link)
         if CodeStore.open(part/'codes').provenance['checksum'] != told['codes']:
-            raise BusyError(f"{store.path} was replaced in the meantime", remedy="give the same command again")
+            raise BusyError(f"{store.path} was replaced in the meantime",
+                            remedy="give the same command again")
         for m in store.codes: _fill(engine, part, m, store)
         method.save(part/'method')
         write_sealed(part/'retriever.json', told)

@@ -15,7 +15,7 @@ from ..core import InputError, check_arguments, lazy_import, unknown_name
 from .asking import Asked, Asker
 from .weighted import rocchio, weighted_nearest
 from ..retrieval.codes import CodeStore
-from ..retrieval.index import Index
+from ..retrieval.index import Index, check_k
 from ..retrieval.ranking import Ranking
 from ..retrieval.vectors import VectorIndex
 
@@ -104,10 +104,14 @@ def nearest(self:Searcher,
     rows:np.ndarray|None=None, # row numbers that may answer; None for all
 ) -> tuple[np.ndarray, np.ndarray]: # distances and row numbers, (k',) each
     "The `k` nearest rows; the query's own row is left out."
-    own = asked.row if target == asked.source else None
-    more = own is not None and k > 0
-    dists, ids = (o[0] for o in self.index_of(target, by).search(_comparable(asked, by), k + more, rows))
-    return (dists[ids != own][:k], ids[ids != own][:k]) if more else (dists, ids)
+    k, own = check_k(k), asked.row if target == asked.source else None
+    index, x = self.index_of(target, by), _comparable(asked, by)
+    if by == 'embeddings' and x.shape[-1] != self.store.embeddings[target].shape[1]: raise InputError(
+        f"images of {asked.source} and {target} cannot be compared by this method",
+        found=f"embeddings of {x.shape[-1]} and {self.store.embeddings[target].shape[1]} numbers",
+        remedy=f"search {asked.source}, or use a method that brings the sensors together")
+    dists, ids = (o[0] for o in index.search(x, k + (own is not None), rows))
+    return (dists, ids) if own is None else (dists[ids != own][:k], ids[ids != own][:k])
 
 # %% ../../nbs/73_engine.search.ipynb #07d3c1d7
 def _ranking(search, about, target, dists, rows, k, n_bits, filters, columns=None, **info):
@@ -138,6 +142,7 @@ def query(self:Searcher,
     "The patches most like `query`; a patch is not its own answer, but another sensor's image of it may be."
     asked = self.ask(query, source, file)
     target, by = target or asked.source, by or ('codes' if self.indexes else 'embeddings')
+    k = check_k(k)
     filters = dict(where=where, label=label, box=box, dates=dates)
     rows = self.rows_where(**filters)
     if rescore is not None: return _rescored(self, asked, target, by, k, rows, rescore, filters)
@@ -207,7 +212,7 @@ def query_many(self:Searcher,
     if combine not in _COMBINE: raise unknown_name('way to combine examples', combine, _COMBINE)
     if isinstance(queries, (str, Path, Mapping)) or not len(queries):
         raise InputError("these are no examples", found=repr(queries)[:80], wanted="a list of ids or files")
-    asked = [self.ask(o, source, file) for o in queries]
+    k, asked = check_k(k), [self.ask(o, source, file) for o in queries]
     target = target or asked[0].source
     codes = np.concatenate([_comparable(o, 'codes') for o in asked])
     own = np.unique([o.row for o in asked if o.source == target and o.row is not None]).astype(np.int64)
@@ -261,7 +266,7 @@ def feedback(self:Searcher,
     **filters, # label=, box=, dates=, as `query` takes them
 ) -> Ranking: # nearest first; distances are weighted
     "Ask again, with some of the hits marked as good or bad."
-    filters = dict(where=where, **filters)
+    k, filters = check_k(k), dict(where=where, **filters)
     check_arguments(self.rows_where, filters, 'a filter')
     asked = self.ask(query, source)
     target = target or asked.source

@@ -31,7 +31,8 @@ def _checks(path, inside):
         for o, wanted in found['checksums'].items(): yield home/o, partial(_compare, home/o, wanted)
     elif name == 'manifest': yield path, lambda: verify_files(home)
     elif name == 'data.mdb': yield path, lambda: _records(home)
-    elif name == 'config.yaml' and is_sealed(path): yield path, lambda: check_sealed_text(path, 'restore a copy')
+    elif name == 'config.yaml' and is_sealed(path):
+        yield path, lambda: check_sealed_text(path, 'restore it, or accept it with --seal')
     elif path.suffix == '.json' and (is_sealed(path) or _unreadable(path)):
         yield path, lambda: read_sealed(path)
         for o, wanted in _peek(path).get('files', {}).items():

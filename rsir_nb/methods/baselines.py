@@ -108,6 +108,8 @@ def fit_statistics(self:BandStatistics,
 ) -> BandStatistics: # itself
     "The part of `fit` that needs no archive."
     for m, o in rows.items():
+        if len(o) < 2: raise InputError("one patch has no mean and spread", found=f"{len(o)} patch of {m}",
+                                        wanted="2 or more", remedy="method=band_quantiles needs no others")
         getattr(self, f'mean_{m}').copy_(o.mean(0))
         getattr(self, f'std_{m}').copy_(o.std(0, correction=0).clamp(min=1e-6))
     self.fitted.fill_(1)

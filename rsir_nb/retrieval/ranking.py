@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import CorruptError, InputError, UnknownNameError, atomic_path, lazy_import, write_json
-from ..geo import wkb_to_geojson, write_geoparquet
+from ..geo import wkb_to_geojson, write_csv, write_geoparquet
 from ..html import html_gallery, html_page, html_table
 from ..show import show_ranking
 
@@ -134,8 +134,7 @@ def to_csv(self:Ranking,
     "Write the table as CSV, footprints as GeoJSON text and labels joined by semicolons."
     df = self.table()
     for name in df.columns[df.dtypes == object]: df[name] = [_cell(o) for o in df[name]]
-    with atomic_path(path) as part: df.to_csv(part, index=False)
-    return _with_provenance(self, path)
+    return _with_provenance(self, write_csv(df, path))
 
 @patch
 def to_parquet(self:Ranking,

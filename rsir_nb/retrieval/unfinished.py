@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..arrays import read_arrays
+from ..arrays import read_array_file
 from ..checksums import read_sealed, write_sealed
 from ..core import BusyError, CorruptError, InputError, atomic_path, folder_lock, sweep_parts
 from .codes import CodeStore
@@ -106,7 +106,7 @@ def load(self:UnfinishedStore,
     "Read a shard."
     if not self.file(start).is_file(): return None
     try:
-        return read_arrays(self.file(start))
+        return read_array_file(self.file(start))
     except CorruptError:
         log.warning("%s is damaged and is made again", self.file(start).name)
         return None
