@@ -99,8 +99,8 @@ def seal_files(
     "Add checksums where there are none; a changed config is accepted."
     sealed = []
     for path in (o for name in _NOTES for o in sorted(Path(folder).rglob(name))):
-        known = path.suffix == '.json' or _state(partial(check_sealed_text, path, '')) == _GOOD
-        if is_sealed(path) and known: continue
+        good = lambda p=path: p.suffix == '.json' or _state(partial(check_sealed_text, p, '')) == _GOOD
+        if is_sealed(path) and good(): continue
         if path.suffix == '.yaml':
             with atomic_path(path) as part: part.write_text(reseal_text(path.read_text(encoding='utf-8')))
         else: write_sealed(path, dict(read_json(path), **_files_of(path)))

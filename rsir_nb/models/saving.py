@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -78,8 +79,9 @@ class bounded_sizes(TorchFunctionMode):
         path:str|Path, # folder with the weights that are to be filled in
     ):
         super().__init__()
-        files = Path(path).glob('*.safetensors')
-        self.path, self.left = path, (1 << 24) + sum(o.stat().st_size for o in files)
+        self.path, files = path, list(Path(path).glob('*.safetensors'))
+        self.left = (1 << 27) + sum(o.stat().st_size for o in files)
+        self.calls = 2000 + 20*sum(map(_n_tensors, files))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _MAKERS:
@@ -87,10 +89,17 @@ class bounded_sizes(TorchFunctionMode):
             size = (kwargs or {}).get('size', args if flat else next(iter(args), ()))
             if not isinstance(size, (tuple, list)): size = ()
             self.left -= math.prod(o for o in size if isinstance(o, int))
-            if self.left < 0: raise CorruptError(
+            self.calls -= 1
+            if self.left < 0 or self.calls < 0: raise CorruptError(
                 f"{self.path} describes a network that its weights cannot fill",
                 found=f"a tensor of {tuple(size)}", remedy="copy or train it again")
         return func(*args, **(kwargs or {}))
+
+def _n_tensors(path):
+    try:
+        with safe_open(path, 'pt') as f: return len(f.keys())
+    except Exception as e: raise CorruptError(f"{path} cannot be read", found=' '.join(str(e).split())[:200],
+                                              remedy="copy or train it again") from e
 
 _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
