@@ -1,17 +1,18 @@
 """Claim: no fault goes by in silence. Bits flip, processes are killed, disks fill up, readers meet writers.
 
-A small run is made of every stage, and two more indexes. Each try works on a copy, in a process of its own, and ends as
+A small run is made, with every stage, and an index that goes on living. Each try works on a copy, in a
+process of its own, and ends as
 
     same       the result is the right one
     told       an error of the package names what is wrong
     foreign    an error that is not the package's own, or a process that crashed
     silent     a result that differs from the right one, without any message
 
-    python benchmarks/faults.py                     # 400 flips, 500 kills, disk full, 60 s of readers and writers
+    python benchmarks/faults.py               # 400 flips, 500 kills, disk full, 60 s of readers and writers
     python benchmarks/faults.py --flips 40 --kills 50 --seconds 10
 
-Prints a table and ends with status 1 after any silent fault or foreign error. Disk full needs the right to mount a small
-tmpfs and is left out without it.
+Prints a table and ends with status 1 after any silent fault or foreign error. Disk full needs the right to
+mount a small tmpfs and is left out without it.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def digest(*values):
     ).hexdigest()[:16]
 
 
-# -- stages: each makes one part of a run, and is given again after a kill --------------------------------------------
+# -- stages: each makes one part of a run, and is given again after a kill ---
 
 
 def convert(run):
@@ -146,7 +147,7 @@ STAGES = dict(
 )
 
 
-# -- uses: what a reader makes of a part ------------------------------------------------------------------------------
+# -- uses: what a reader makes of a part ---
 
 
 def answers(run, **options):
@@ -296,7 +297,7 @@ FLIPS = [
 ]
 
 
-# -- tries ------------------------------------------------------------------------------------------------------------
+# -- tries ---
 
 
 def tried(call, *args, limit=240):
@@ -459,7 +460,7 @@ def kills(base, before, work, n, rng, table, only):
 
 
 def full(base, before, work, table):
-    "Every stage on a disk with little room: an error that names the disk, and the same command goes on with more."
+    "Every stage on a disk with little room: an error that names the disk, and then more room."
     home = work / "disk"
     home.mkdir(exist_ok=True)
     checks = dict(

@@ -80,7 +80,7 @@ def _recall(path):
 def _remember(path, told):
     "Keep a good result; a cache that cannot be written to is no fault."
     try: write_json(_note(path), told)
-    except (OSError, RuntimeError): pass
+    except (OSError, RuntimeError) as e: logging.getLogger(__name__).debug("not remembered: %s", e)
 
 # %% ../nbs/00c_checksums.ipynb #5bfa4b02
 class CheckedFiles(Mapping):
@@ -168,7 +168,8 @@ def check_sealed_text(
     remedy:str, # told if the text was changed
 ):
     "Raise `CorruptError` if a text is not what was written."
-    if not Path(path).is_file(): raise MissingFileError(f"{path} is not there")
+    if not Path(path).is_file():
+        raise MissingFileError(f"{path} is not there", remedy="name the folder of a run")
     text = Path(path).read_bytes().decode(errors='replace')
     first = text.partition('\n')[0]
     if not text.startswith(_SEAL) and not re.search('[0-9a-f]{32}', first): return warn_unsealed(path)

@@ -12,7 +12,6 @@ import logging, os, sys
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # read when torch is loaded, below
 from pathlib import Path
 from typing import Annotated
-
 import typer
 
 from .core import InputError, RsirError, unknown_name

@@ -20,9 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 import rsir_nb
 from .core import (DATASETS, METHODS, CorruptError, InputError, MissingFileError, atomic_path,
-                          lazy_import, load_plugins, modules_with, unknown_name)
+                          lazy_import, modules_with, unknown_name)
 from .checksums import check_sealed_text, seal_text, write_sealed
-from .plugins import load_installed
+from .plugins import load_installed, load_plugins
 from .typed import PLAIN, absolute_path, builder_arguments, constructors, typed_value
 
 # %% ../nbs/01_config.ipynb #5edab2b0
@@ -306,13 +306,11 @@ def load_run_config(
     "The config that `save_config` wrote."
     path = Path(run_dir)
     path = path/'config.yaml' if path.suffix != '.yaml' else path
-    if not path.is_file(): raise MissingFileError(f"{path} is not there", remedy="name the folder of a run")
     check_sealed_text(path, f"restore it; or, if the change was meant: rsir verify {path.parent} --seal")
     found = _read(path)
     for group, value in _LATER.items(): found.setdefault(group, value)
     missing = [o for o in (*GROUPS, 'seed', 'plugins', 'out') if o not in found]
     if missing: raise CorruptError(f"{path} is not complete", found=f"nothing for {', '.join(missing)}",
-                                   wanted="the config of a run, as it was saved",
                                    remedy="restore the file, or train the run again with --fresh")
     load_installed()
     _load_plugins(found['plugins'] or [])

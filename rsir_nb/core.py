@@ -6,8 +6,8 @@
 __all__ = ['DATASETS', 'BACKBONES', 'LOSSES', 'METHODS', 'INDEXES', 'RsirError', 'InputError', 'UnknownNameError',
            'MissingFileError', 'CorruptError', 'UnsafeFileError', 'BusyError', 'FullDiskError', 'unknown_name',
            'Registry', 'package_sources', 'modules_with', 'registered_parts', 'registries', 'legal_arguments',
-           'check_arguments', 'load_plugins', 'lazy_import', 'atomic_path', 'sync_path', 'write_json', 'read_json',
-           'folder_lock', 'sweep_parts', 'content_hash', 'make_rng']
+           'check_arguments', 'lazy_import', 'atomic_path', 'make_folder', 'sync_path', 'write_json', 'read_json',
+           'content_hash', 'make_rng']
 
 # %% ../nbs/00_core.ipynb #266f6cab
 import ast, errno, hashlib, importlib, importlib.util, inspect, json, os, re, shutil
@@ -211,18 +211,6 @@ def check_arguments(
     for key in kwargs:
         if key not in legal: raise unknown_name(f"argument of {what}", key, legal)
 
-# %% ../nbs/00_core.ipynb #e42d0271
-def load_plugins(
-    plugins:Iterable[str], # modules to import, e.g. 'my_lab.our_dataset'
-):
-    "Import modules outside the package that register something."
-    for name in plugins:
-        try: importlib.import_module(name)
-        except ModuleNotFoundError as e:
-            if e.name is None or not name.startswith(e.name): raise
-            raise MissingFileError(f"the plugin {name!r} cannot be imported", found=str(e),
-                remedy="install it, or put its folder on PYTHONPATH") from e
-
 # %% ../nbs/00_core.ipynb #0d8075fa
 DATASETS  = Registry('dataset')
 BACKBONES = Registry('backbone')
@@ -247,7 +235,7 @@ def atomic_path(
 ) -> Iterator[Path]: # the temporary path to write to
     "Write to the yielded path; it replaces `path` when the block ends without an error."
     path = Path(path)
-    _make_folder(path.parent)
+    make_folder(path.parent)
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{o}") for o in ('part', 'old'))
     try:
         yield part
@@ -268,8 +256,10 @@ def atomic_path(
             elif o.exists(): o.unlink()
 
 # %% ../nbs/00_core.ipynb #9101bf1e
-def _make_folder(path):
-    "The folder, made if it is not there."
+def make_folder(
+    path:str|Path, # the folder
+) -> Path: # the same
+    "Make a folder that is not there; raises `InputError` where a file has its name."
     try: Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as e:
         raise InputError(f"{path} cannot be a folder", found="a file of this name, or of a folder above it",
@@ -314,38 +304,6 @@ def read_json(
     try: return json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError, MemoryError) as e:
         raise CorruptError(f"{path} is not readable as JSON", found=str(e), remedy="write it again") from e
-
-# %% ../nbs/00_core.ipynb #ebf47071
-@contextmanager
-def folder_lock(
-    path:str|Path, # the folder; made if it is not there
-    name:str='.lock', # the file that is locked; one name for each thing that is written in the folder
-) -> Iterator[Path]: # the folder
-    "Hold `path` for writing during the block; `BusyError` if another process does."
-    import fcntl
-    path = _make_folder(path)
-    with open(path/name, 'a+') as handle:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            handle.seek(0)
-            raise BusyError(f"{path} is being written to", found=f"process {handle.read().strip() or '?'}",
-                            remedy="wait for it to end, or choose another folder") from e
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield path
-
-def sweep_parts(
-    path:str|Path, # written by `atomic_path`, or a folder of such; the caller holds its lock
-):
-    "Delete what killed processes left of writing `path` and what is in it."
-    path = Path(path)
-    for o in [*path.parent.glob('.*'), *path.rglob('.*')]:
-        found = re.fullmatch(r'\.(.+)\.\d+\.(part|old)', o.name)
-        if not found or (o.parent == path.parent and found[1] != path.name): continue
-        if found[2] == 'old' and not (o.parent/found[1]).exists(): os.replace(o, o.parent/found[1])
-        elif o.is_dir(): shutil.rmtree(o)
-        else: o.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #a5bdbb04
 def content_hash(

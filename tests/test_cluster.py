@@ -5,7 +5,8 @@ import pytest
 import torch
 from engine_run import tiny_config
 from engines import nodes  # noqa: F401
-from rsir_nb.core import BusyError, InputError, UnknownNameError, folder_lock
+from rsir_nb.core import BusyError, InputError, UnknownNameError
+from rsir_nb.locks import folder_lock
 from rsir_nb.engine.cluster import encode_on_ray, evaluate_on_ray
 from rsir_nb.engine.encode import encode
 from rsir_nb.engine.evaluate import evaluate_store

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine_run import run_python, tiny_config
-from rsir_nb.core import BusyError, InputError, UnknownNameError, folder_lock
+from rsir_nb.core import BusyError, InputError, UnknownNameError
+from rsir_nb.locks import folder_lock
 from rsir_nb.data.base import Archive, TensorArchive
 from rsir_nb.methods.embedding import common_sensors, encode_batch
 from rsir_nb.engine.encode import encode, encode_run, skipped_patches

@@ -10,8 +10,8 @@ import torch
 
 from engine_run import run_python, tiny_config
 from rsir_nb.config import load_run_config
-from rsir_nb.core import (BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, folder_lock,
-                          read_json)
+from rsir_nb.core import BusyError, CorruptError, InputError, MissingFileError, UnknownNameError, read_json
+from rsir_nb.locks import folder_lock
 from rsir_nb.engine.runs import append_row, last_checkpoint, make_wandb, trim_rows
 from rsir_nb.engine.parts import TrainerConfig, build_archive, build_method, load_method, split_of
 from rsir_nb.engine.train import pretrain, read_history

@@ -15,7 +15,9 @@ from engine_run import tiny_config
 from rsir_nb.checksums import CheckedFile, file_checksum, read_sealed, write_sealed
 from rsir_nb.cli import main
 from rsir_nb.config import load_run_config
-from rsir_nb.core import BusyError, CorruptError, FullDiskError, InputError, RsirError, atomic_path, folder_lock, sweep_parts, write_json
+from rsir_nb.core import (BusyError, CorruptError, FullDiskError, InputError, RsirError, atomic_path,
+                          write_json)
+from rsir_nb.locks import folder_lock, sweep_parts
 from rsir_nb.engine.encode import encode_run
 from rsir_nb.engine.hash import train_hash
 from rsir_nb.engine.retriever import open_search

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..config import load_run_config, register_schema, to_dict
 from ..checksums import read_sealed
-from ..core import METHODS, InputError, check_arguments, folder_lock, sweep_parts
+from ..core import METHODS, InputError, check_arguments
+from ..locks import folder_lock, sweep_parts
 from ..data.base import Archive, concat_archives
 from .classes import classify_store
 from .encode import encode, encode_run

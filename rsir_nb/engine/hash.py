@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..config import load_run_config, register_schema, to_dict
 from ..checksums import read_sealed, write_sealed
-from ..core import InputError, check_arguments, folder_lock, lazy_import, sweep_parts
+from ..core import InputError, check_arguments, lazy_import
+from ..locks import folder_lock, sweep_parts
 from ..data.base import Archive, TensorArchive
 from .encode import encode
 from .parts import TrainerConfig, build_archive, split_of, trainer_config

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import group_arguments, save_config, to_dict
 from ..checksums import write_sealed
-from ..core import METHODS, InputError, atomic_path, folder_lock
+from ..core import METHODS, InputError, atomic_path
+from ..locks import folder_lock
 from ..methods.embedding import common_sensors
 from .parts import build_archive
 from ..methods.base import Method

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from ..config import load_run_config, register_schema
 from ..checksums import CheckedFile, open_steady, read_sealed, write_sealed
 from ..core import (INDEXES, BusyError, CorruptError, InputError, MissingFileError, atomic_path,
-                          folder_lock, lazy_import, legal_arguments, sweep_parts, unknown_name)
+                          lazy_import, legal_arguments, unknown_name)
+from ..locks import folder_lock, sweep_parts
 from .search import Searcher
 from ..remote.engines import (address_scheme, fill_index, index_class, index_schemes, open_index,
                                     without_password)

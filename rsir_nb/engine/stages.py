@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import load_config, load_run_config, to_dict
 from ..checksums import read_sealed, write_sealed
-from ..core import DATASETS, METHODS, CorruptError, folder_lock
+from ..core import DATASETS, METHODS, CorruptError
+from ..locks import folder_lock
 from ..data.base import Archive
 from ..data.layouts import write_v2_lmdb
 from ..data.store import PatchStore, write_store

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..config import load_run_config, save_config, to_dict
 from ..checksums import write_sealed
-from ..core import InputError, MissingFileError, folder_lock, sweep_parts
+from ..core import InputError, MissingFileError
+from ..locks import folder_lock, sweep_parts
 from ..machine import declare_torchvision_ops
 from ..data.base import Archive, TensorArchive
 from ..data.module import ArchiveData

@@ -14,7 +14,8 @@ from typing import Iterator
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import INDEXES, BusyError, CorruptError, InputError, folder_lock, sync_path
+from ..core import INDEXES, BusyError, CorruptError, InputError, sync_path
+from ..locks import folder_lock
 from ..retrieval.codes import check_codes
 from .generations import Generation
 from ..retrieval.hamming import HammingIndex

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/50b_methods.base.ipynb #525179d1
 from __future__ import annotations
-
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -315,7 +314,6 @@ def load(cls:Method,
     if method.weights_hash != about['weights_hash']: raise CorruptError(f"{path} is damaged",
         found=f"weights {method.weights_hash}", wanted=about['weights_hash'], remedy=_COPY)
     return method.to(device).eval()
-
 _COPY = "copy or train it again"
 
 def _built(about):

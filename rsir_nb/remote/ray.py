@@ -13,7 +13,8 @@ from typing import Any, Iterable
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import INDEXES, InputError, folder_lock
+from ..core import INDEXES, InputError
+from ..locks import folder_lock
 from .engines import RemoteIndex
 from .shards import Searchers, Shards
 from ..retrieval.codes import check_codes

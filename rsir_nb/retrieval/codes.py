@@ -5,7 +5,6 @@
 # %% ../../nbs/40_retrieval.codes.ipynb #77b0d0ab
 from __future__ import annotations
 import importlib.metadata, json, platform, re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from ..core import (CorruptError, InputError, MissingFileError, atomic_path, con
                           read_json, unknown_name, write_json)
 from ..arrays import mapped_array
 from ..checksums import CheckedFile, CheckedFiles, file_checksum, open_steady, warn_unsealed
+from ..names import check_patch_ids
 from ..geo import read_geoparquet, write_geoparquet
 
 # %% auto #0
-__all__ = ['binarise', 'pack_bits', 'unpack_bits', 'check_codes', 'hamming_distances', 'bit_statistics', 'CodeStore',
-           'check_patch_ids']
+__all__ = ['binarise', 'pack_bits', 'unpack_bits', 'check_codes', 'hamming_distances', 'bit_statistics', 'CodeStore']
 
 # %% ../../nbs/40_retrieval.codes.ipynb #1d1ae7d1
 pd = lazy_import('pandas')
@@ -281,28 +280,6 @@ def _check_contents(codes, table, embeddings, present):
                 raise InputError(f"the embeddings of {m} are not finite in float16")
     for m in codes or embeddings: table[f'has_{m}'] = np.asarray(present[m], dtype=bool)
     return codes, table, embeddings
-
-def check_patch_ids(
-    ids:Iterable, # names of patches
-):
-    "Raise `InputError` for a name that cannot be written down, or for names of mixed types."
-    ids, kinds = list(ids), set()
-    for i in range(0, len(ids), 1 << 16):
-        part = ids[i:i + (1 << 16)]
-        kinds |= {int if issubclass(o, np.integer) else o for o in set(map(type, part))}
-        text = '\n'.join(map(str, part))
-        whole = '\0' not in text and '' not in part and _is_unicode(text)
-        if kinds <= {int} or (kinds <= {str} and whole): continue
-        bad = [o for o in part if not isinstance(o, (str, int, np.integer)) or o == '' or '\0' in str(o)
-               or not _is_unicode(str(o))]
-        raise InputError("this cannot be the id of a patch", found=ascii((bad or part)[0]),
-                         wanted="text, or whole numbers for all",
-                         remedy="ids are neither empty, nor NaN, nor mixed, and hold no zero character")
-
-def _is_unicode(text):
-    "Whether a text can be written: it has no half of a surrogate pair."
-    try: return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError: return False
 
 # %% ../../nbs/40_retrieval.codes.ipynb #cbc2dab8
 @patch

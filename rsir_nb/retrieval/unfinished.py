@@ -14,7 +14,8 @@ from fastcore.basics import patch
 
 from ..arrays import read_array_file
 from ..checksums import read_sealed, write_sealed
-from ..core import BusyError, CorruptError, InputError, atomic_path, folder_lock, sweep_parts
+from ..core import BusyError, CorruptError, InputError, atomic_path
+from ..locks import folder_lock, sweep_parts
 from .codes import CodeStore
 
 # %% ../../nbs/40f_retrieval.unfinished.ipynb #9fdc5e4f
