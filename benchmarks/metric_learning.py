@@ -66,9 +66,9 @@ def split_store(args, seed):
     archive = ClassFolders(args.root)
     split = np.full(len(archive), "unused" if args.tune else "test", object)
     if args.unseen:
-        test, _, known = splits(len(archive), SETTINGS)
+        test, val, known = splits(len(archive), SETTINGS)
         split[:] = "unused"
-        split[test.numpy()], split[known.numpy()] = "test", "train"
+        split[(val if args.tune else test).numpy()], split[known.numpy()] = "test", "train"
     for c in [] if args.unseen else np.unique(archive.targets):
         rows = make_rng(seed, "split", int(c)).permutation(np.flatnonzero(archive.targets == c))
         known = rows[:round(args.part*len(rows))]
