@@ -486,7 +486,7 @@ def full(base, before, work, table):
                 if subprocess.run(["cp", "-a", str(before[name]), str(run)], capture_output=True).returncode:
                     continue
                 found = tried(stage, run)
-                if found[0] == "told" and "space" not in found[1]:
+                if found[0] == "told" and not any(o in found[1] for o in ("space left", "room on the disk")):
                     found = "foreign", f"does not name the disk: {found[1]}"
                 if found[0] == "told" or (found[0] == "foreign" and "No space" not in found[1]):
                     table.add(f"disk full {name}", found[0], found[1])

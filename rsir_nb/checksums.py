@@ -15,8 +15,8 @@ import xxhash
 from .core import CorruptError, MissingFileError, content_hash, read_json, write_json
 
 # %% auto #0
-__all__ = ['REMEMBERED', 'file_checksum', 'CheckedFile', 'CheckedFiles', 'open_steady', 'write_sealed', 'read_sealed',
-           'warn_unsealed', 'seal_text', 'check_sealed_text', 'is_sealed', 'reseal_text']
+__all__ = ['REMEMBERED', 'file_checksum', 'CheckedFile', 'check_listed', 'CheckedFiles', 'open_steady', 'write_sealed',
+           'read_sealed', 'warn_unsealed', 'seal_text', 'check_sealed_text', 'is_sealed', 'reseal_text']
 
 # %% ../nbs/00c_checksums.ipynb #1fe207d3
 def file_checksum(
@@ -69,6 +69,15 @@ class CheckedFile:
         self.good = True
 
 # %% ../nbs/00c_checksums.ipynb #1f36c8a0
+def check_listed(
+    folder:str|Path, # with the files
+    files:Mapping[str, str], # name -> checksum
+    remedy:str, # told if one is damaged
+):
+    "Compare files with their checksums; one that is not there is left to its reader."
+    for name, wanted in files.items():
+        if (Path(folder)/name).is_file(): CheckedFile(Path(folder)/name, wanted, remedy).bytes()
+
 def _note(path):
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
     return home/'rsir_nb'/'checked'/f'{content_hash(str(path.absolute()))}.json'

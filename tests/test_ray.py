@@ -146,7 +146,7 @@ def test_a_killed_writer_leaves_the_state_before(nodes, tmp_path):  # noqa: F811
 
 
 def test_two_writers_do_not_meet_and_readers_can_follow(nodes, tmp_path):  # noqa: F811
-    from rsir_nb.core import folder_lock
+    from rsir_nb.locks import folder_lock
     codes = clustered(60)
     ix = RayIndex.build(tmp_path/"shards", codes, shards=2, searchers=nodes.pool)
     other = RayIndex(ix.folder, searchers=nodes.pool)

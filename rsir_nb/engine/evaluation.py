@@ -17,7 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..charts import new_figure, show_curve
-from ..checksums import CheckedFile, file_checksum, read_sealed, write_sealed
+from ..checksums import check_listed, file_checksum, read_sealed, write_sealed
 from ..core import InputError, MissingFileError, atomic_path, unknown_name
 
 # %% ../../nbs/73d_engine.evaluation.ipynb #acafe1be
@@ -228,9 +228,7 @@ def load_evaluation(
     "Read an evaluation again."
     files = {o.name: o for o in Path(path).iterdir()}
     about = read_sealed(Path(path)/'evaluation.json', _ANEW)
-    kept = about.pop('files', {})
-    for name, wanted in kept.items():
-        if name in files: CheckedFile(files[name], wanted, _ANEW).bytes()
+    check_listed(path, about.pop('files', {}), _ANEW)
     read = lambda name: pd.read_csv(files[name]) if name in files else None
     table, margins = read('scores.csv'), read('margins.csv')
     return Evaluation(pd.DataFrame(columns=SCORE_COLUMNS) if table is None else table, margins, about,

@@ -15,9 +15,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..checksums import CheckedFile, file_checksum, read_sealed, write_sealed
-from ..core import (METHODS, CorruptError, InputError, Registry, RsirError, atomic_path,
-                          legal_arguments, unknown_name)
+from ..checksums import check_listed, file_checksum, read_sealed, write_sealed
+from ..core import (METHODS, CorruptError, InputError, Registry, atomic_path, legal_arguments,
+                          unknown_name)
 from ..machine import keep_freed_memory
 from .inputs import InputAdapter
 from .optim import OptimConfig, make_optim
@@ -182,11 +182,17 @@ def fused(self:Method,
 def fit_norm(self:Method,
     archive, # whose samples are looked at: anything with a length whose items are sample dicts
     n:int=256, # how many of them, evenly spread
+    known:Mapping[str, Mapping]|None=None, # modality -> {band: (mean, std)} that are set in place of those
 ) -> Method: # itself
     "Set each band's mean and standard deviation to those of `archive`."
-    self.inputs.fit(archive, n)
+    self.inputs.fit(archive, n, known)
     if 'norm' in legal_arguments(type(self)): self.arguments['norm'] = self.inputs.stats()
     return self
+
+@patch
+def expected_norm(self:Method) -> dict: # modality -> {band: (mean, std)}
+    "What pretrained weights expect; a method with such backbones says it, and then it stands before `fit`."
+    return {}
 
 # %% ../../nbs/50b_methods.base.ipynb #8f5ca9c6
 HEADS = Registry('hash head')
@@ -301,13 +307,8 @@ def load(cls:Method,
     about = read_sealed(path/'method.json', _COPY)
     if about.get('format') != FORMAT: raise InputError(f"{path} is not a method of this version",
         found=about.get('format'), wanted=FORMAT, remedy="save it again with the version that wrote it")
-    for name, wanted in about.get('files', {}).items():
-        if (path/name).is_file(): CheckedFile(path/name, wanted, _COPY).bytes()
-    try:
-        with bounded_sizes(path): method = _built(about)
-    except (KeyError, TypeError, AttributeError, OverflowError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RsirError): raise
-        raise CorruptError(f"{path} cannot be built", found=f"{type(e).__name__}: {e}", remedy=_COPY) from e
+    check_listed(path, about.get('files', {}), _COPY)
+    with bounded_sizes(path): method = _built(about)
     if not isinstance(method, cls): raise InputError(f"{path} is another method",
         found=type(method).__name__, wanted=cls.__name__, remedy="use Method.load")
     method.lacks = fill_saved(method, path, method.training_only)
@@ -317,7 +318,6 @@ def load(cls:Method,
 _COPY = "copy or train it again"
 
 def _built(about):
-    "The network that a description asks for, with fresh weights."
     method = METHODS.create(about['method'], **about['arguments'])
     if about['heads']: method.heads = HEADS.create(about['heads']['name'], **about['heads']['arguments'])
     return method

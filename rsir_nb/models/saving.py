@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core import CorruptError, InputError, MissingFileError, Registry
+from ..core import CorruptError, InputError, MissingFileError, Registry, RsirError
 from ..sensors import Sensor
 
 # %% auto #0
@@ -94,6 +94,13 @@ class bounded_sizes(TorchFunctionMode):
                 f"{self.path} describes a network that its weights cannot fill",
                 found=f"a tensor of {tuple(size)}", remedy="copy or train it again")
         return func(*args, **(kwargs or {}))
+
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        odd = KeyError, TypeError, AttributeError, OverflowError, MemoryError, RuntimeError
+        if isinstance(error, odd) and not isinstance(error, RsirError): raise CorruptError(
+            f"{self.path} cannot be built", found=f"{kind.__name__}: {error}",
+            remedy="copy or train it again") from error
 
 def _n_tensors(path):
     try:
