@@ -98,7 +98,7 @@ def encode_on_ray(
     if not overwrite and store.done(): return store.open()
     with store.lock():
         if overwrite: store.clear()
-        if overwrite or not store.done():
+        if overwrite or not store.done(mine=True):
             plan = store.begin(options['batch_size'], options['shard_size'])
             _shards_on_ray(run_dir, archive, store, plan, address, progress)
             finish_store(store, method, archive)

@@ -144,7 +144,7 @@ def encode(
     if not overwrite and store.done(): return store.open()
     with store.lock():
         if overwrite: store.clear()
-        if overwrite or not store.done():
+        if overwrite or not store.done(mine=True):
             plan = store.begin(batch_size, shard_size)
             method.to(usable_device(device) if device else 'cuda' if torch.cuda.is_available() else home)
             try: _make_shards(method, archive, store, plan, num_workers, progress)

@@ -44,10 +44,12 @@ class UnfinishedStore:
         "Hold the store for writing; `BusyError` if another process does."
         return folder_lock(self.path.parent, f'.{self.path.name}.lock')
 
-    def done(self) -> bool:
+    def done(self,
+        mine:bool=False, # whether the caller holds the lock
+    ) -> bool:
         "Whether there is nothing to do; raises `InputError` where another job was done, and not this begun."
         if not self.path.exists(): return False
-        if self._begun(): return not self._is_free()
+        if self._begun(): return not mine and not self._is_free()
         _same_job(CodeStore.open(self.path).provenance.get('job', {}), self.job, self.path)
         return True
 
