@@ -80,6 +80,7 @@ class RasterInfo:
     unplaced:str|None = None # why the file has no place, in words
     said:str = '' # what its tags say of the product
     source:str|None = None # what GDAL opens, where that is not `path`
+    parts:tuple[str, ...] = () # the file of each band, where they are files of their own
 
     @property
     def file(self) -> str:
@@ -250,7 +251,7 @@ def scaling_of(
         (first, *_), factor = declared, 10_000 if sensor and sensor.unit == 'DN' else 1
         what = "reflectance x 10000, if the file's leads to fractions" if factor > 1 else "the file's own"
         raise InputError(f"{info.path} declares that its numbers are scaled",
-                         found=', '.join(f"{', '.join(v)}: scale {k[0]:g}, offset {k[1]:g}"
+                         found='; '.join(f"scale {k[0]:g}, offset {k[1]:g} of {', '.join(v)}"
                                          for k, v in declared.items()),
                          wanted="scale= and offset= that lead to dB or to reflectance x 10000",
                          remedy=f"scale={first[0]*factor:g} offset={first[1]*factor:g} leads to {what}; "

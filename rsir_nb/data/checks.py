@@ -74,13 +74,20 @@ def to_square(
     return x.clamp(0, 255) if unit == 'byte' else x
 
 # %% ../../nbs/09_data.checks.ipynb #4152951c
+MARKS = (-9999., -32768., -32767., -99999., -999., -3.4028234663852886e38, -3.4e38, -1.7976931348623157e308, 1e20,
+         3.4028234663852886e38) # what programs write into pixels without data
+
 def _wrong_unit(x, unit):
     "(found, wanted, remedy) if `x` does not look like `unit`."
     low, high = float(x.min()), float(x.max())
     span = f"values {low:.5g}..{high:.5g}"
+    if unit in ('dB', 'DN', 'byte', 'K') and (low in MARKS or high in MARKS):
+        mark = low if low in MARKS else high
+        return f"{span}, a mark of missing pixels", f"values without {mark:g}", f"pass nodata={mark:g}"
     if unit == 'dB':
         want = "decibels, about -40..10"
-        if low >= 0: return f"{span}, linear power or amplitude", want, "convert power with 10*log10(x)"
+        if low >= 0: return (f"{span}, linear power or amplitude", want, "convert power with 10*log10(x): "
+                             "scale=linear; amplitude with 20*log10(x): scale=amplitude")
         if low < -100 or high > 100: return f"{span}, a nodata mark or other scale", want, "mask or rescale"
     if unit == 'DN':
         want = "reflectance x 10000"

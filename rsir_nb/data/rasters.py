@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'MOST', 'raster_info', 'check_pixels', 'read_raster', 'nodata_mask', 'fill_nodata', 'read_bands',
-           'open_strips', 'footprints']
+           'sample_pixels', 'open_strips', 'footprints']
 
 # %% ../../nbs/10b_data.rasters.ipynb #eb886fcb
 import os, warnings
@@ -276,6 +276,21 @@ def _masked(x, info, channels, marks, black, seen=None):
     mask = nodata_mask(x[:n], marks, black or (said and x.dtype == np.uint8))
     if len(x) > n: mask |= x[-1] == 0
     return x[:n], mask if seen is None else mask | (seen == 0)
+
+# %% ../../nbs/10b_data.rasters.ipynb #5d0a17e1
+def sample_pixels(
+    info:RasterInfo, # of the file
+    channels:Sequence[int], # bands by number, from 0
+    nodata:float|Sequence[float|None]|None=None, # the mark of missing pixels, of the file or your own
+    side:int=256, # pixels a side that are looked at, at most
+) -> list[np.ndarray]: # of each band the values that are data, evenly spread over the image
+    "A sample of an image's numbers."
+    shape = len(channels), min(side, info.height), min(side, info.width)
+    with _opened(info.file) as ds:
+        x = ds.read([o + 1 for o in channels], out_shape=shape)
+        if info.masked: x = np.where(ds.dataset_mask(out_shape=shape[1:]) > 0, x, 0)
+    seen = ~nodata_mask(x, _marks_of(nodata, channels))
+    return [band[seen & (band != 0)] for band in x]
 
 # %% ../../nbs/10b_data.rasters.ipynb #942a3057
 @contextmanager

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from ..core import DATASETS, InputError, MissingFileError, unknown_name
+from .band_files import BandFiles, band_scenes, read_parts, scene_info
 from .base import Archive
-from .checks import check_patch, square_part, to_grid, to_square
-from .files import SkipList, date_in_name, find_files
+from .checks import MARKS, check_patch, square_part, to_square
+from .files import SkipList, date_in_name, find_files, plain_text
 from .images import read_reduced
-from .rasters import (LARGE, fill_nodata, footprints, nodata_mask, raster_info, read_bands,
-                                  read_raster)
-from .bands import (RasterInfo, band_name, choose_bands, file_bands, is_grey, is_picture,
+from .products import product_scaling, split_band
+from .rasters import (LARGE, fill_nodata, footprints, raster_info, read_bands, read_raster,
+                                  sample_pixels)
+from .bands import (RasterInfo, choose_bands, file_bands, is_grey, is_picture, must_be_bands,
                                 reading_options, scaling_of, to_unit)
 from ..geo import ground_side, wkb_quads
 from ..sensors import BANDS, SENSORS, Sensor, get_sensor
@@ -58,16 +60,23 @@ def sensor_of(
     bands:str|Sequence[str]|None=None, # names of the file's bands, if it does not hold them itself
 ) -> Sensor: # a registered sensor of these bands where there is one
     "The sensor that a file's band names mean."
+    if bands is not None: must_be_bands(file_bands(info, bands))
     names = [o for o in file_bands(info, bands) if o in BANDS]
     units = {BANDS[o].unit for o in names}
+    if units == {'DN', 'K'}: names, units = [o for o in names if BANDS[o].unit == 'DN'], {'DN'}
     if len(units) != 1:
         raise InputError(f"the bands of {info.path} name no sensor",
                          found=', '.join(names) or f"{len(info.bands)} bands without names",
                          wanted="known band names, all in one unit",
-                         remedy="name the file's bands with bands=[...], or the sensor with sensor=")
-    known = {o.bands: o for o in SENSORS.values()}
-    family = dict(dB='s1', DN='s2', byte='rgb').get(*units, 'scene')
-    return known.get(tuple(names), Sensor('_'.join([family, *names]), names, *units))
+                         remedy="name the file's bands with bands=[...], or the sensor with sensor=; `rsir data "
+                                "look` shows what is understood, `rsir list bands` the names")
+    known, homes = {o.bands: o for o in SENSORS.values()}, {BANDS[o].sensor for o in names}
+    usual = homes <= {'Sentinel-1', 'Sentinel-2', 'camera'}
+    family = dict(dB='s1', DN='s2', byte='rgb').get(*units, 'scene') if usual else _family(homes)
+    metres = {} if usual else dict(resolution=max(BANDS[o].resolution for o in names))
+    return known.get(tuple(names), Sensor('_'.join([family, *names]), names, *units, **metres))
+
+def _family(homes): return '_'.join(sorted({o.split()[0].lower().replace('by', 'colours') for o in homes}))
 
 # %% ../../nbs/16_data.scenes.ipynb #eae11aef
 def _modality(sensor):
@@ -80,12 +89,23 @@ def _modality(sensor):
 def _missing(info, channels, nodata):
     "Bool (H,W): where the scene has no data."
     mask = np.zeros((info.height, info.width), bool)
-    quick = np.dtype(info.dtype).kind in 'iu' and not nodata and info.alpha is None
+    quick = np.dtype(info.dtype).kind == 'u' and nodata in (None, 0) and info.alpha is None and not info.masked
     for row in range(0, info.height, 512):
         window = row, 0, min(512, info.height - row), info.width
-        if quick and read_raster(info.path, channels[:1], window).all(): continue
-        mask[row:row+512] = read_bands(info, channels, nodata, window=window)[1]
+        if quick and read_raster(info.file, channels[:1], window).all(): continue
+        x, mask[row:row+512] = read_bands(info, channels, nodata, window=window)
+        if x.dtype.kind in 'fi': _no_marks(x, mask[row:row+512], info)
     return mask
+
+def _no_marks(x, mask, info):
+    "Raise if many pixels hold a usual mark of missing pixels that the file does not declare."
+    lows = np.where(mask, 0, x.min(0)) if x.dtype.kind != 'c' else np.zeros(1)
+    low = float(lows.min(initial=0))
+    if low not in MARKS: return
+    raise InputError(f"{info.path} holds a mark of missing pixels that it does not declare",
+                     found=f"{low:g} in {(lows == low).mean():.0%} of the pixels of a strip",
+                     wanted=f"nodata {low:g}, not {info.nodata}" if info.nodata is not None else f"nodata {low:g}",
+                     remedy=f"pass nodata={low:g}")
 
 def _missing_parts(mask, corners, size):
     "The part of each window that is missing: of what lies in the scene, and of the whole."
@@ -101,16 +121,48 @@ def _patch_rows(info, name, corners, missing, size, sensor):
     "The table of one scene."
     inside = np.minimum(corners + size, (info.height, info.width)) - corners
     table = pd.DataFrame(dict(id=[f"{name}_r{r:05d}_c{c:05d}" for r, c in corners], place=name,
-                              date=date_in_name(Path(info.path).stem), sensor=sensor.name, source=info.path,
+                              date=_date(info), sensor=sensor.name, source=info.path,
                               row=corners[:, 0], col=corners[:, 1], nodata=missing.round(4), crs=info.crs))
     if info.crs is None: return table.assign(geometry=None, native_geometry=None)
     xy = np.stack([info.corners(*o, *n) for o, n in zip(corners.tolist(), inside.tolist(), strict=True)])
-    return table.assign(geometry=footprints(xy, info.crs), native_geometry=wkb_quads(xy))
+    places = footprints(xy, info.crs)
+    if any(o is None for o in places):
+        raise InputError(f"{info.path} leaves the domain of its coordinate system", wanted="coordinates on Earth",
+                         found=f"{info.crs[:60]}, corner {info.corners()[0].round(3).tolist()}",
+                         remedy="pass crs= if another is meant, or crs='unknown' to go without places")
+    return table.assign(geometry=places, native_geometry=wkb_quads(xy))
 
-def _names(paths):
-    "File names without ending; with their folder where two are the same."
-    stems = [p.stem for p in paths]
-    return [p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}_{p.stem}" for p in paths]
+def _date(info):
+    "The day in a file's name; of a folder of band files also in the folder's."
+    path = Path(info.path)
+    day = date_in_name(path.stem)
+    return date_in_name(path.parent.name) if info.source and day is pd.NaT else day
+
+def _names(scenes):
+    "File names without ending, each with as much of its path as tells it from the others."
+    parts = [[plain_text(o.stem), *(plain_text(p) for p in reversed(_path(o).parent.parts))] for o in scenes]
+    depth, names = [1]*len(scenes), None
+    for _ in range(max(map(len, parts), default=0)):
+        names = ['_'.join(reversed(p[:n])).replace('/', '') for p, n in zip(parts, depth, strict=True)]
+        again = pd.Series(names).duplicated(keep=False)
+        if not again.any(): return names
+        depth = [n + twice for n, twice in zip(depth, again, strict=True)]
+    return [f"{name}_{_path(o).suffix[1:]}" if twice else name
+            for name, twice, o in zip(names, again, scenes, strict=True)]
+
+def _path(scene): return scene.path if isinstance(scene, BandFiles) else scene
+
+# %% ../../nbs/16_data.scenes.ipynb #5d0a17f5
+def _scene_info(scene, sensor, bands):
+    "What a file or the files of a scene say; several files of one band each are not named by `bands`."
+    if not isinstance(scene, BandFiles): return raster_info(scene)
+    if len(scene.files) == 1 and (bands is not None or len(raster_info(scene.files[0]).bands) > 1):
+        return raster_info(scene.files[0])
+    if bands is not None:
+        raise InputError(f"bands= does not name the bands of {scene.path}", found=f"{len(scene.files)} files of "
+                         "one band each, which their names tell", remedy="leave bands out; sensor= chooses "
+                         "among them, and `rsir data look` shows what they are called")
+    return scene_info(scene, None if sensor is None else get_sensor(sensor).bands)
 
 # %% ../../nbs/16_data.scenes.ipynb #e8957b14
 def _cut(info, name, sensor, o):
@@ -118,15 +170,10 @@ def _cut(info, name, sensor, o):
     if is_picture(info.path) and info.height*info.width > LARGE:
         raise InputError(f"{info.path} cannot be cut into patches", found="a large picture without tiles",
                          wanted="a GeoTIFF", remedy="gdal_translate -co TILED=YES makes one")
-    info = replace(info, bands=file_bands(info, o['bands']))
+    info = _placed(replace(info, bands=file_bands(info, o['bands'])), o['crs'])
     channels = choose_bands(info, sensor)
-    scale, offset = scaling_of(info, o['scale'], o['offset'], sensor)
     nodata = info.nodata if o['nodata'] is None else o['nodata']
-    if info.crs is None:
-        if o['crs'] is None:
-            raise InputError(f"{info.path} has no coordinate system", wanted="one, to know where patches lie",
-                             remedy="pass crs='EPSG:...', or crs='unknown' to go without places")
-        info = replace(info, crs=None if o['crs'] == 'unknown' else o['crs'])
+    scale, offset, why = _scaling(info, channels, o['scale'], o['offset'], sensor, nodata)
     size = o['img_size']
     corners = window_grid(info.height, info.width, size, o['stride'], o['partial'])
     inside, missing = _missing_parts(_missing(info, channels, nodata), corners, size)
@@ -139,7 +186,34 @@ def _cut(info, name, sensor, o):
                sensor=sensor)
     table = _patch_rows(info, name, corners[keep], missing[keep], size, sensor)
     _read_window(how, *corners[keep][len(table)//2], table['id'].iloc[len(table)//2])
-    return table, how
+    return table, how, [why, _unused(info, sensor)]
+
+def _placed(info, crs):
+    "A file with the coordinate system that it has or that the user gave, or without one if that was asked for."
+    if crs == 'unknown' or info.crs is not None: return info
+    still = info.transform == (1., 0., 0., 0., 1., 0.) and not info.points
+    if crs is not None and not still: return replace(info, crs=crs)
+    what = f"{info.path} has {info.unplaced or 'no coordinate system'}"
+    remedy = "pass crs='EPSG:...', or crs='unknown' to go without places"
+    if crs is not None: what = f"crs={crs} does not place {info.path}, which has no geotransform"
+    if still: remedy = "georeference it (gdalwarp), or pass crs='unknown' to go without places"
+    elif info.unplaced and 'local' in info.unplaced: remedy = "pass crs='unknown' to go without places"
+    raise InputError(what, wanted="one, to know where patches lie", remedy=remedy)
+
+def _scaling(info, channels, scale, offset, sensor, nodata):
+    "Scale and offset of a file, and why, where a known product's were applied."
+    if scale is None and offset is None:
+        known = product_scaling(info, sensor, lambda: sample_pixels(info, channels, nodata))
+        if known is not None: return known
+    return *scaling_of(info, scale, offset, sensor), None
+
+def _unused(info, sensor):
+    "What is said of bands that a sensor does not have."
+    unnamed = sum(o is None for o in info.bands)
+    others = [o for o in info.bands if o not in (None, 'alpha', *sensor.bands)]
+    if len(info.bands) - (info.alpha is not None) == sensor.in_chans or not (unnamed or others): return None
+    words = [*others, *([f"{unnamed} without a name"] if unnamed else [])]
+    return f"bands are left out: {', '.join(words)}"
 
 # %% ../../nbs/16_data.scenes.ipynb #45ae21c9
 def _read_window(how, row, col, name):
@@ -148,6 +222,7 @@ def _read_window(how, row, col, name):
     h, w = min(size, info.height - row), min(size, info.width - col)
     part = int(row), int(col), int(h), int(w)
     raw, missing = read_bands(info, how['channels'], how['nodata'], window=part)
+    if raw.dtype.kind == 'c': raw = np.abs(raw)
     x = np.full((len(raw), size, size), np.nan, np.float32)
     x[:, :h, :w] = to_unit(raw, how['scale'], how['offset'])
     mask = np.ones((size, size), bool)
@@ -180,15 +255,20 @@ class SceneArchive(Archive):
         options = dict(img_size=img_size, stride=stride, partial=partial, max_nodata=max_nodata,
                        nodata=nodata, bands=bands, scale=scale, offset=offset, crs=crs)
         self.scenes, tables, skips = {}, [], SkipList(on_error)
+        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         files = find_files(paths)
-        for path, name in zip(files, _names(files), strict=True):
-            with skips.guard(path):
-                info = raster_info(path)
+        scenes, left = band_scenes(files, paths)
+        for scene, name in zip(scenes, _names(scenes), strict=True):
+            with skips.guard(_path(scene)):
+                info = _scene_info(scene, sensor, bands)
+                left += getattr(scene, 'left', [])
                 sensor = sensor_of(info, bands) if sensor is None else get_sensor(sensor)
-                table, self.scenes[info.path] = _cut(info, name, sensor, options)
+                table, self.scenes[info.path], said = _cut(info, name, sensor, options)
                 tables.append(table)
-        where = paths if isinstance(paths, (str, Path)) else files[0].parent
-        skips.settle(str(where), len(tables), len(files), 'scenes')
+                for why in filter(None, said): skips.say(why, info.path)
+        where = paths[0] if len(paths) == 1 else files[0].parent
+        skips.leave_out(left)
+        skips.settle(str(where), len(tables), len(scenes), 'scenes')
         self.skipped = skips.table
         self.modality = modality or _modality(sensor)
         told = reading_options(bands=bands, scale=scale, offset=offset, nodata=nodata)
@@ -200,22 +280,17 @@ class SceneArchive(Archive):
         return {self.modality: _read_window(self.scenes[source], row, col, self.ids[i])}
 
 # %% ../../nbs/16_data.scenes.ipynb #c6d7605f
-def _read_folder(path, sensor, size, scale, offset):
-    "A folder with one file per band, on one grid and in the unit; and where there is no data."
-    images = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in ('.tif', '.tiff', '.jp2'))
-    files = {band_name(p.stem): p for p in images}
-    missing = [o for o in sensor.bands if o not in files]
-    if missing:
-        raise InputError(f"{path} has not all the bands of {sensor.name}", wanted=', '.join(missing),
-                         found=', '.join(sorted(filter(None, files))) or "no band files")
-    raw = [read_raster(files[o], [0], alone=True)[0] for o in sensor.bands]
-    size = size or max(x.shape[0] for x in raw)
-    x = np.stack([to_grid(o, size).numpy() for o in raw])
-    return to_unit(x, 1. if scale is None else scale, 0. if offset is None else offset), nodata_mask(x)
-
 def _info(path, sensor, bands, grey):
-    "What a file says, with the names of its bands."
+    "What a file or a folder of band files says, with the names of its bands."
+    if Path(path).is_dir():
+        scenes, _ = band_scenes(find_files(path))
+        if len(scenes) != 1:
+            raise InputError(f"the folder {path} is not one image", found=f"{len(scenes)} images in it",
+                             wanted="one file, or one file per band", remedy="name one of its files")
+        return replace(info := _scene_info(scenes[0], sensor, bands), bands=file_bands(info, bands))
     info = raster_info(path)
+    if bands is None and len(info.bands) == 1 and not info.named and (found := split_band(path)):
+        info = replace(info, bands=(found[0],))
     return info if grey and is_grey(info, sensor) else replace(info, bands=file_bands(info, bands))
 
 # %% ../../nbs/16_data.scenes.ipynb #fc21cf9a
@@ -258,19 +333,18 @@ def read_patch_file(
     "Read one image as a patch of `sensor`, checked."
     sensor = get_sensor(sensor)
     if not Path(path).exists(): raise MissingFileError(f"{path} is not there")
-    side, reduced = size, False
-    if Path(path).is_dir(): x, mask = _read_folder(path, sensor, size, scale, offset)
+    info = _info(path, sensor, bands, grey)
+    channels, nodata = choose_bands(info, sensor, grey=grey), info.nodata if nodata is None else nodata
+    scaling = _scaling(info, channels, scale, offset, sensor, nodata)[:2]
+    told = dict(nodata=nodata, black=sensor.unit == 'byte')
+    side, reduced = _side(info, size, ground), size is not None and info.height*info.width > LARGE
+    if reduced:
+        part = _part(info.height, info.width, fit, path, side)
+        x, mask = read_reduced(info, channels, part, size, scaling, **told)
     else:
-        info = _info(path, sensor, bands, grey)
-        channels, scaling = choose_bands(info, sensor, grey=grey), scaling_of(info, scale, offset, sensor)
-        told = dict(nodata=info.nodata if nodata is None else nodata, black=sensor.unit == 'byte')
-        side, reduced = _side(info, size, ground), size is not None and info.height*info.width > LARGE
-        if reduced:
-            part = _part(info.height, info.width, fit, path, side)
-            x, mask = read_reduced(info, channels, part, size, scaling, **told)
-        else:
-            x, mask = read_bands(info, channels, **told)
-            x = to_unit(x, *scaling)
+        x, mask = read_bands(info, channels, **told)
+        if info.parts and info.height == info.width: x = read_parts(info, channels)
+        x = to_unit(x, *scaling)
     if mask.mean() > max_nodata:
         raise InputError(f"{path} is nearly empty", found=f"no data in {mask.mean():.0%} of its pixels",
                          wanted=f"at most {max_nodata:.0%}")
