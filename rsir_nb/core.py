@@ -244,7 +244,7 @@ def atomic_path(
     path:str|Path, # the file or folder to be written
 ) -> Iterator[Path]: # the temporary path to write to
     "Write to the yielded path; it replaces `path` when the block ends without an error."
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -100,7 +100,9 @@ def table_command(
     for name in 'labels', 'modalities':
         if name in table: table[name] = [None if o is None else ', '.join(o) for o in table[name]]
     few = table[[o for o in ('id', 'split', 'date', 'place', 'labels') if o in table]].head(n)
-    print(few.to_string(index=False, max_colwidth=60) if len(few) else "no patch matches")
+    short = {o: (lambda x: x if len(str(x)) <= 60 else f"{str(x)[:57]}...") for o in few if o != 'id'}
+    print(few.to_string(index=False, formatters={o: f for o, f in short.items() if few[o].dtype == object})
+          if len(few) else "no patch matches")
     if len(few) < len(table): print(f"... {len(table):,} in all")
     if csv: table.to_csv(csv, index=False)
     return table

@@ -16,7 +16,7 @@ import numpy as np
 from ..core import InputError, RsirError
 from .bands import RasterInfo
 from .checks import to_grid
-from .products import other_layer, split_band
+from .products import may_be_layer, other_layer, split_band
 from .rasters import raster_info, read_raster
 from ..sensors import BANDS
 
@@ -42,7 +42,7 @@ def band_scenes(
 ) -> tuple[list[Path|BandFiles], list[tuple[str, str]]]: # scenes; files that are left out, and why
     "Sort files into scenes."
     files, named, groups, left = list(files), {Path(o).expanduser() for o in named}, {}, []
-    layers = {o: what for o in files if o not in named and (what := other_layer(o))}
+    layers = {o: what for o in files if o not in named and (what := other_layer(o, _count(o)))}
     if layers and all(o in layers and layers[o] == 'a preview' for o in files): layers = {}
     for path in files:
         if path in layers:
@@ -70,11 +70,13 @@ def scene_info(
         why = "its name has no band that is known" if band is None else None
         if len(images) > 1: why = f"it has {len(images)} bands, not one"
         if wanted is None and band in _ON_REQUEST: why = f"{BANDS[band].description}: name it by sensor= to use it"
-        elif wanted is not None and why is None and band not in wanted: why = f"{band} is not asked for"
         if why: scene.left.append((str(path), why))
         else: found.setdefault(band, []).append((_pixel(info), metres, info))
     if not found: raise InputError(f"{scene.path} has no band that can be used", wanted="known bands, one a file",
                                    found='; '.join(dict.fromkeys(why for _, why in scene.left)))
+    if wanted is not None and set(wanted) <= set(found):
+        scene.left += [(o[2].path, f"{k} is not asked for") for k, v in found.items() if k not in wanted for o in v]
+        found = {k: v for k, v in found.items() if k in wanted}
     ranked = {k: sorted(v, key=lambda o: o[:2]) for k, v in found.items()}
     for band, (best, *others) in ranked.items():
         for size, metres, info in others:

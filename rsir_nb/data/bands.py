@@ -25,6 +25,8 @@ def band_name(
 ) -> str|None: # the name in `BANDS`, e.g. 'B02'; None if `text` names none of them
     "The band that `text` speaks of."
     found, series = _NUMBER.search((text or '').upper()), landsat_series(path)
+    padded = found and (found['number'] or '')[:1] == '0' and not found['level'] # B02: never of Landsat
+    if padded and 'HLS' not in str(path).upper(): series = None
     if found and (found['level'] or series): return _landsat_band(found, series or 'SR')
     if text in BANDS: return text
     if not found: return _colour_name(text)

@@ -18,18 +18,20 @@ from ..sensors import BANDS, Sensor
 
 # %% ../../nbs/09f_data.products.ipynb #7d8c1dab
 LAYERS = {
-    'quality flags': 'QA|BQA|QA_PIXEL|PIXEL_QA|QA_RADSAT|RADSAT_QA|SR_QA_AEROSOL|SR_AEROSOL|SR_CLOUD_QA|ST_QA|'
-                     'QA10|QA20|QA60|FMASK|FLAGS|CLASSIFICATION',
-    'a mask': 'UDM|UDM2|DN_UDM|SCL|CLM|CLP|CLDPRB|SNWPRB|CLD_?PRB|CLD|SNW|CLOUD_?MASK|CLOUDS?|MASK|SHADOW_?MASK',
+    'quality flags': 'BQA|QA_PIXEL|PIXEL_QA|QA_RADSAT|RADSAT_QA|SR_QA_AEROSOL|SR_AEROSOL|SR_CLOUD_QA|ST_QA|'
+                     'QA10|QA20|QA60|FMASK',
+    'a mask': 'UDM|UDM2|DN_UDM|SCL|CLM|CLP|CLDPRB|SNWPRB|CLD_?PRB',
     'the state of the air': 'AOT|WVP',
     'an angle': 'SAA|SZA|VAA|VZA',
     'an auxiliary layer of the temperature': 'ST_(?:ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD)',
-    'a preview': 'TCI|PVI|L2A_PVI|L1C_PVI|QUICKLOOK|QL|THUMB|THUMBNAIL|PREVIEW|BROWSE|VISUAL',
+    'a preview': 'TCI|PVI|L2A_PVI|L1C_PVI|QUICKLOOK|QL|THUMB|THUMBNAIL|PREVIEW|BROWSE',
 }
+_LIKELY = re.compile(r'(?:^|[^A-Z0-9])(QA|FLAGS|CLASSIFICATION|CLD|SNW|CLOUDS?|[A-Z]*_?MASK|VISUAL)(?:_CLIP)?$')
 _LAYERS = {k: re.compile(rf'(?:^|[^A-Z0-9])(?:{v})(?:_\d+M)?(?:_CLIP|_FILE_FORMAT)?$') for k, v in LAYERS.items()}
 
 def other_layer(
     path:str|Path, # an image file
+    n_bands:int=0, # of the file, where that is known: a name such as forest_mask counts only with one band
 ) -> str|None: # what it is, e.g. 'a mask'; None of imagery
     "What a file is that is no imagery, by its name."
     stem = Path(path).stem.upper()
@@ -90,7 +92,7 @@ def product_scaling(
     what = f"baseline {number//100:02d}.{number%100:02d}"
     if lows and min(lows) < 700:
         return 1., 0., f"{what}, but numbers down to {min(lows):.0f}: the offset was taken off before"
-    return 1., S2_OFFSET, f"{what}: offset {S2_OFFSET:g} is applied"
+    return 1., S2_OFFSET, f"{what}: offset {S2_OFFSET:g} is applied; scale= and offset= decide otherwise"
 
 def _landsat_scaling(sensor, sample):
     kind = sensor.bands[0].removeprefix('TM_')[:2]
@@ -98,7 +100,7 @@ def _landsat_scaling(sensor, sample):
     middles = [float(np.median(o)) for o in sample() if len(o)]
     least = 7000 if kind == 'SR' else 5000 if kind == 'L1' else 20_000
     if middles and min(middles) >= least:
-        return scale, offset, f"Landsat's numbers: scale {scale:g}, offset {offset:g} are applied"
+        return scale, offset, f"Landsat's numbers: scale {scale:g}, offset {offset:g} are applied; scale= and offset= decide otherwise"
     if middles and max(middles) <= 2: return None # fractions, which are refused with the remedy
     spread = f"{min(middles):.0f}..{max(middles):.0f}" if middles else 'missing'
     return 1., 0., f"numbers around {spread} are no raw numbers of Landsat: taken as reflectance x 10000"
