@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'MOST', 'raster_info', 'check_pixels', 'read_raster', 'nodata_mask', 'fill_nodata', 'read_bands',
-           'sample_pixels', 'open_strips', 'footprints']
+           'sample_pixels', 'open_strips']
 
 # %% ../../nbs/10b_data.rasters.ipynb #eb886fcb
 import os, warnings
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -18,14 +17,13 @@ import rasterio
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from pyproj import CRS, Transformer
-from pyproj.exceptions import ProjError
 from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.windows import Window
 
 from ..core import CorruptError, InputError, MissingFileError, RsirError
 from .bands import RasterInfo, band_name, is_picture
+from .places import file_place, footprints # noqa: F401
 from ..geo import wkb_on_earth
 
 # %% ../../nbs/10b_data.rasters.ipynb #83b94edb
@@ -106,27 +104,7 @@ def raster_info(
         else: names, dtype, nodata = _band_names(ds), ds.dtypes[0], _marks(ds)
         return RasterInfo(str(path), ds.height, ds.width, names, dtype, nodata=nodata, masked=_has_mask(ds),
                           scalings=scalings if set(scalings) != {(1., 0.)} else (),
-                          said=' '.join(f'{k}={v}' for k, v in tags.items())[:2000], **_place(ds))
-
-def _place(ds):
-    "Coordinate system, transform and control points of a file, and why it has no place."
-    (points, system), crs, why = ds.gcps, ds.crs, None
-    still = ds.transform.is_identity
-    points = tuple((p.col, p.row, p.x, p.y) for p in points) if still else ()
-    if points: crs = system
-    if not crs: why = "no coordinate system"
-    elif still and not points: why = "no geotransform"
-    name = f"EPSG:{crs.to_epsg()}" if crs and crs.to_epsg() else crs.to_wkt() if crs else None
-    if why is None and _to_lonlat(name) is None:
-        why = f"a local coordinate system, {CRS.from_user_input(name).name!r}"
-    if why and ds.rpcs: why += ", but rational polynomials"
-    return dict(crs=None if why else name, transform=tuple(ds.transform)[:6], points=points, unplaced=why)
-
-@lru_cache(64)
-def _to_lonlat(crs):
-    "What turns coordinates into degrees; None of a system without a place on Earth."
-    try: return Transformer.from_crs(CRS.from_user_input(crs), 'OGC:CRS84', always_xy=True)
-    except ProjError: return None
+                          said=' '.join(f'{k}={v}' for k, v in tags.items())[:2000], **file_place(ds))
 
 # %% ../../nbs/10b_data.rasters.ipynb #12c0bbcc
 @contextmanager
@@ -329,21 +307,3 @@ def _decode_smaller(path, factor):
             x = np.atleast_3d(im.convert(_MODES[n])).transpose(2, 0, 1)
             return x, max(1, round(width/im.width))
     return _read_picture(path), 1
-
-# %% ../../nbs/10b_data.rasters.ipynb #4e9c6281
-def footprints(
-    corners:np.ndarray, # (N,4,2) x and y of the corners, in order around each patch, in the units of `crs`
-    crs:str, # the coordinates' system, e.g. 'EPSG:32632'
-) -> list[bytes|None]: # N polygons on WGS84, as WKB; None where a corner is outside of the system's domain
-    "The WGS84 footprints of patches; those across the antimeridian are cut there, in two parts."
-    to_lonlat = _to_lonlat(crs)
-    if to_lonlat is None: raise InputError(f"patches have no place in {CRS.from_user_input(crs).name!r}",
-        found="a local coordinate system", wanted="one of the Earth", remedy="crs='unknown' goes without places")
-    x, y = np.moveaxis(np.asarray(corners, dtype=np.float64), -1, 0)
-    lonlat = np.stack(to_lonlat.transform(x, y), -1)
-    good = np.isfinite(lonlat).all((1, 2)) & (np.abs(lonlat[..., 1]) <= 90).all(1)
-    good &= (np.abs(lonlat[..., 0]) <= 540).all(1)
-    if good.all(): return wkb_on_earth(lonlat)
-    out = np.full(len(good), None, object)
-    out[good] = np.array([*wkb_on_earth(lonlat[good]), None], object)[:-1]
-    return out.tolist()
