@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_app', 'weights_app', 'WeightsFile', 'NumHeads', 'config_app', 'bench_app', 'convert_command', 'info_command',
-           'verify_command', 'table_command', 'weights_info_command', 'weights_convert_command',
+           'look_command', 'verify_command', 'table_command', 'weights_info_command', 'weights_convert_command',
            'weights_adopt_command', 'config_group', 'config_import_command', 'bench_group', 'bench_methods_command']
 
 # %% ../nbs/90c_verbs.ipynb #3951593e
@@ -68,6 +68,17 @@ def _config_of(what, overrides):
         if what not in names: raise unknown_name('patch store or data config', what, names)
         return load_config('base', [f'data={what}', *overrides])
     if overrides: raise InputError(f"{what} is a folder, which takes no changes", found=overrides[0])
+
+# %% ../nbs/90c_verbs.ipynb #5d0a1810
+@data_app.command('look')
+def look_command(
+    paths:Annotated[list[Path], typer.Argument(help="Image files, or folders to look through.")], # which
+):
+    "Show how files are understood: bands, unit, scaling, missing pixels, place, grid, and what is left out."
+    from rsir_nb.data.look import look_at
+    found = look_at(paths)
+    print(found.to_text())
+    return found
 
 # %% ../nbs/90c_verbs.ipynb #8a8d0ca8
 @data_app.command('verify')

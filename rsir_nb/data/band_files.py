@@ -52,7 +52,21 @@ def band_scenes(
         home = path.parent
         if found and found[2] and home.name.lower() in (f'r{found[2]}m', f'{found[2]}m'): home = home.parent
         groups.setdefault(home/found[1] if found else path, []).append(path)
-    return [BandFiles(k, v) if '*' in k.name and split_band(v[0]) else v[0] for k, v in groups.items()], left
+    scenes = []
+    for key, members in groups.items():
+        if '*' not in key.name or split_band(members[0]) is None or _many_bands(members): scenes += members
+        else: scenes.append(BandFiles(key, members))
+    return scenes, left
+
+def _many_bands(members):
+    "Whether files that seem to be one band each are images of several bands, such as numbered tiles."
+    return len(members) > 1 and _n_bands(members[0]) > 1
+
+def _count(path): return _n_bands(path) if may_be_layer(path) else 0
+
+def _n_bands(path):
+    try: return sum(o != 'alpha' for o in raster_info(path).bands)
+    except RsirError: return 0
 
 # %% ../../nbs/10i_data.band_files.ipynb #9df54bca
 _ON_REQUEST = 'L1_B8', 'L1_B9'

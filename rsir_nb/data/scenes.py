@@ -225,6 +225,8 @@ class SceneArchive(Archive):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         files = find_files(paths)
         scenes, left = band_scenes(files, paths)
+        if not scenes: raise InputError(f"{left[0][0]} and {len(left) - 1} other files are no imagery", found=left[0][1],
+                                        wanted="scenes", remedy="name a file itself to use it all the same")
         for scene, name in zip(scenes, _names(scenes), strict=True):
             with skips.guard(_path(scene)):
                 info = _scene_info(scene, sensor, bands)
