@@ -6,6 +6,7 @@
 __all__ = ['BandFiles', 'band_scenes', 'scene_info', 'read_parts']
 
 # %% ../../nbs/10i_data.band_files.ipynb #e253e5fb
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterable, Sequence
@@ -31,9 +32,12 @@ class BandFiles:
     @property
     def stem(self) -> str:
         "A name for ids."
-        name = self.path.name.replace('*', '').strip('-_. ')
-        while '__' in name: name = name.replace('__', '_')
-        return name or self.path.parent.name
+        name = re.sub(r'[-_]{2,}', '_', self.path.name.replace('*', '')).strip('-_. ')
+        parts = [name] if name else []
+        for home in self.path.parent.parts[::-1]:
+            if sum(map(len, parts)) >= 4: break
+            if home.lower() not in ('measurement', 'img_data', '/', ''): parts.append(home)
+        return '_'.join(parts[::-1])
 
 # %% ../../nbs/10i_data.band_files.ipynb #1c91a526
 def band_scenes(
@@ -81,7 +85,7 @@ def scene_info(
         band, _, metres = split_band(path)
         info = raster_info(path)
         images = [i for i, o in enumerate(info.bands) if o != 'alpha']
-        why = "its name has no band that is known" if band is None else None
+        why = "a band that is not read, such as a thermal one" if band is None else None
         if len(images) > 1: why = f"it has {len(images)} bands, not one"
         if wanted is None and band in _ON_REQUEST: why = f"{BANDS[band].description}: name it by sensor= to use it"
         if why: scene.left.append((str(path), why))

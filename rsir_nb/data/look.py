@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
 
+import numpy as np
 import pandas as pd
 
 from ..core import RsirError
 from .band_files import BandFiles, band_scenes, scene_info
 from .bands import is_picture, scaling_of
+from .checks import wrong_unit
 from .files import files_by_kind
 from .products import product_scaling
 from .rasters import raster_info, read_raster, sample_pixels
@@ -128,8 +130,11 @@ def _scaling(info, sensor):
         known = product_scaling(info, sensor, lambda: sample_pixels(info, channels, info.nodata))
         if known: return f"scale {known[0]:g}, offset {known[1]:g} ({known[2]})"
         scaling_of(info, None, None, sensor)
+        seen = [] if is_picture(info.path) else sample_pixels(info, channels, info.nodata)
     except RsirError as e: return f"has to be said: {str(e).split('; ', 1)[-1]}"
-    return 'none'
+    seen = np.concatenate([o for o in seen if o.size] or [np.zeros(0)])
+    wrong = wrong_unit(seen, sensor.unit) if seen.size else None
+    return f"has to be said: found {wrong[0]}; wanted {wrong[1]}; {wrong[2]}" if wrong else 'none'
 
 def _missing(info):
     "What marks pixels without data."
@@ -139,7 +144,8 @@ def _missing(info):
 
 def _place(info):
     "Coordinate system and corner, or why there is none."
-    if info.crs is None: return f"none: {info.unplaced or 'a picture'}; crs='unknown' goes without places"
+    if is_picture(info.path): return 'none, since it is a picture'
+    if info.crs is None: return f"none: {info.unplaced}; crs='unknown' goes without places"
     x, y = info.corners()[0]
     code = info.crs if len(info.crs) < 30 else info.crs.split('"')[1]
     return f"{code}, upper left {x:.6g}, {y:.6g}" + (f", by {len(info.points)} control points" if info.points else '')

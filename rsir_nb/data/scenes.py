@@ -88,7 +88,7 @@ def _patch_rows(info, name, corners, missing, size, sensor):
     "The table of one scene."
     inside = np.minimum(corners + size, (info.height, info.width)) - corners
     table = pd.DataFrame(dict(id=[f"{name}_r{r:05d}_c{c:05d}" for r, c in corners], place=name,
-                              date=_date(info), sensor=sensor.name, source=info.path,
+                              date=_date(info, name), sensor=sensor.name, source=info.path,
                               row=corners[:, 0], col=corners[:, 1], nodata=missing.round(4), crs=info.crs))
     if info.crs is None: return table.assign(geometry=None, native_geometry=None)
     xy = np.stack([info.corners(*o, *n) for o, n in zip(corners.tolist(), inside.tolist(), strict=True)])
@@ -99,11 +99,10 @@ def _patch_rows(info, name, corners, missing, size, sensor):
                          remedy="pass crs= if another is meant, or crs='unknown' to go without places")
     return table.assign(geometry=places, native_geometry=wkb_quads(xy))
 
-def _date(info):
-    "The day in a file's name; of a folder of band files also in the folder's."
-    path = Path(info.path)
-    day = date_in_name(path.stem)
-    return date_in_name(path.parent.name) if info.source and day is pd.NaT else day
+def _date(info, name):
+    "The day in a file's name; of band files also in that of the scene."
+    day = date_in_name(Path(info.path).stem)
+    return date_in_name(name) if info.source and day is pd.NaT else day
 
 def _names(scenes):
     "File names without ending, each with as much of its path as tells it from the others."
