@@ -27,17 +27,20 @@ def file_place(
     ds:"rasterio.DatasetReader", # an open file
 ) -> dict: # `crs`, `transform`, `points` and `unplaced`, as of `RasterInfo`
     "Coordinate system, transform and control points of a file, and why it has no place."
-    (points, system), crs, why = ds.gcps, ds.crs, None
-    still = ds.transform.is_identity
-    points = tuple((p.col, p.row, p.x, p.y) for p in points) if still else ()
-    if points: crs = system
+    transform, crs, why, points = tuple(ds.transform)[:6], ds.crs, None, ()
+    still = transform == (1., 0., 0., 0., 1., 0.)
+    if still:
+        points, system = ds.gcps
+        points = tuple((p.col, p.row, p.x, p.y) for p in points)
+        if points: crs = system
     if not crs: why = "no coordinate system"
     elif still and not points: why = "no geotransform"
-    name = f"EPSG:{crs.to_epsg()}" if crs and crs.to_epsg() else crs.to_wkt() if crs else None
+    code = crs.to_epsg() if crs else None
+    name = f"EPSG:{code}" if code else crs.to_wkt() if crs else None
     if why is None and _to_lonlat(name) is None:
         why = f"a local coordinate system, {CRS.from_user_input(name).name!r}"
     if why and ds.rpcs: why += ", but rational polynomials"
-    return dict(crs=None if why else name, transform=tuple(ds.transform)[:6], points=points, unplaced=why)
+    return dict(crs=None if why else name, transform=transform, points=points, unplaced=why)
 
 # %% ../../nbs/09g_data.places.ipynb #8ef211da
 def footprints(

@@ -71,7 +71,8 @@ def _marks(ds):
 
 def _has_mask(ds):
     "Whether a mask of the file, not an alpha band, says which pixels are data."
-    return any(MaskFlags.per_dataset in o and MaskFlags.alpha not in o for o in ds.mask_flag_enums)
+    flags = ds.mask_flag_enums[0]
+    return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
 
 def _colours(ds):
     "The colour table of an image with a palette, uint8 (3 or 4,N); None of other images."
