@@ -11,7 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import InputError, check_arguments, lazy_import, unknown_name
-from .satellites import COLOURS, LANDSAT, LANDSAT_THERMAL, SATELLITE_SENSORS
+from .satellites import COLOUR_BANDS, LANDSAT, LANDSAT_THERMAL, SATELLITE_SENSORS
 
 # %% auto #0
 __all__ = ['UNITS', 'BANDS', 'SENSORS', 'BAND_ORDERS', 'CHANNEL_PRESETS', 'NormTable', 'NORM_TABLES', 'Band', 'band_table',
@@ -65,7 +65,7 @@ BANDS:dict[str, Band] = {
     **{n: Band(n, satellite, res, 'DN', nm, text) for satellite, bands in LANDSAT.items()
        for n, (res, nm, text) in bands.items()},
     **{n: Band(n, 'Landsat', res, 'K', nm, text) for n, (res, nm, text) in LANDSAT_THERMAL.items()},
-    **{n: Band(n, 'by colour', res, 'DN', nm, text) for n, (res, nm, text) in COLOURS.items()},
+    **{n: Band(n, 'by colour', res, 'DN', nm, text) for n, (res, nm, text) in COLOUR_BANDS.items()},
 }
 
 # %% ../nbs/02_sensors.ipynb #a453bcec

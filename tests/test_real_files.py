@@ -165,7 +165,7 @@ def test_every_satellite_sensor_is_listed():
 
 def test_the_finest_of_several_files_of_a_band_on_one_grid(tmp_path):
     x = land(4, 120, 120, 1300, 5000)
-    for band, full in zip(FOUR, x):
+    for band, full in zip(FOUR, x, strict=True):
         for metres in (10, 20, 60):
             k, side = metres//10, 1200//metres
             part = full.reshape(side, k, side, k).mean((1, 3)).astype("uint16")[None]
@@ -195,7 +195,7 @@ def test_tiles_of_several_bands_are_no_band_files(tmp_path):
 
 def test_a_folder_and_a_file_of_one_size_are_refused_alike(tmp_path):
     x = land(4, 360, 480)
-    for band, full in zip(FOUR, x): write(tmp_path/f"bands/LC08_{band}.tif", full[None])
+    for band, full in zip(FOUR, x, strict=True): write(tmp_path/f"bands/LC08_{band}.tif", full[None])
     path = write(tmp_path/"scene.tif", x, FOUR)
     for o in (tmp_path/"bands", path):
         with pytest.raises(InputError, match="has not the size of a patch; found 360x480 pixels; wanted 120x120"):

@@ -15,7 +15,7 @@ from typing import Sequence
 import numpy as np
 
 from ..core import InputError, UnknownNameError, unknown_name
-from ..satellites import COLOUR_WORDS, COLOURS
+from ..satellites import COLOUR_WORDS, COLOUR_BANDS
 from ..sensors import BAND_ORDERS, BANDS, Sensor, get_sensor, stacked_bands
 
 # %% ../../nbs/09c_data.bands.ipynb #054677fb
@@ -61,8 +61,8 @@ def _landsat_band(found, series):
 def _colour_name(text):
     "The colour that a description consists of; None of others."
     word = re.sub(r'[^a-z0-9]+', '_', (text or '').lower()).strip('_')
-    word = re.sub(r'^(sr_)?(band_?)?\d{0,2}_|_?\d{3,4}(_?nm)?$', '', word) if word not in COLOURS else word
-    return word if word in COLOURS else COLOUR_WORDS.get(word)
+    if word not in COLOUR_BANDS: word = re.sub(r'^(sr_)?(band_?)?\d{0,2}_|_?\d{3,4}(_?nm)?$', '', word)
+    return word if word in COLOUR_BANDS else COLOUR_WORDS.get(word)
 
 # %% ../../nbs/09c_data.bands.ipynb #9027e957
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class RasterInfo:
         a, b, c, d, e, f = self.transform
         return np.stack([a*cols + b*rows + c, d*cols + e*rows + f], 1)
 
+# %% ../../nbs/09c_data.bands.ipynb #5d0a1902
 def _by_points(points, cols, rows):
     "Coordinates of pixels, (N,2): between control points on a grid, else by a polynomial through them."
     points, to = np.asarray(points, float), np.stack([cols, rows], 1)
@@ -168,7 +169,8 @@ def must_be_bands(
         if name in BANDS or name in (None, 'alpha'): continue
         near, more = band_name(str(name)), unknown_name('band', name, BANDS)
         remedy = more.remedy if near is None else f"did you mean {near}?"
-        raise UnknownNameError(more.what, wanted=more.wanted, remedy=f"{remedy or ''} `rsir list bands` lists "
+        raise UnknownNameError(more.what, wanted=more.wanted,
+                               remedy=f"{remedy or ''} `rsir list bands` lists "
                                "all; a band of your own needs sensor={bands: [...], unit: ...}")
 
 # %% ../../nbs/09c_data.bands.ipynb #29e35d13

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Iterable, Literal, Sequence
 
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import InputError, MissingFileError, RsirError, unknown_name
 
@@ -36,7 +37,7 @@ def find_files(
 def files_by_kind(
     paths:str|Path|Iterable[str|Path], # files, or folders to look through
     suffixes:Sequence[str], # endings that count, lower case
-) -> tuple[list[Path], dict[str, tuple[int, str]]]: # the files; of other kinds of images the number and the first
+) -> tuple[list[Path], dict[str, tuple[int, str]]]: # files; other kinds of images: number, first
     "Image files, and those that are not read; raises `MissingFileError` where there is none."
     found, others = {}, {}
     for o in [paths] if isinstance(paths, (str, Path)) else list(paths):
@@ -55,8 +56,9 @@ def files_by_kind(
     raise MissingFileError(f"there is no image in {paths}", wanted=f"files named {', '.join(suffixes)}",
                            found=', '.join(f"{n:,} {ending}" for ending, (n, _) in others.items()) or None)
 
-_IMAGERY = ('.tif', '.tiff', '.jp2', '.vrt', '.png', '.jpg', '.jpeg', '.img', '.hdf', '.h5', '.hdf5', '.nc', '.nc4',
-            '.ecw', '.sid', '.bil', '.bsq', '.dat', '.grib', '.gif', '.bmp', '.webp', '.zip', '.tar', '.gz', '.tgz')
+_IMAGERY = ('.tif', '.tiff', '.jp2', '.vrt', '.png', '.jpg', '.jpeg', '.img', '.hdf', '.h5', '.hdf5',
+            '.nc', '.nc4', '.ecw', '.sid', '.bil', '.bsq', '.dat', '.grib', '.gif', '.bmp', '.webp', '.zip',
+            '.tar', '.gz', '.tgz')
 
 def _files_below(folder):
     "All files in a folder, links to folders followed, hidden ones left out."
@@ -119,21 +121,6 @@ class SkipList:
         "List `source` as left out."
         self.rows.append(dict(source=str(source), reason=reason))
 
-    def say(self, what:str, source:str|Path):
-        "Keep what is to be said of a file that is used; `settle` logs it once for all files."
-        self.said.setdefault(what, []).append(str(source))
-
-    def leave_out(self, files:Iterable[tuple[str, str]]):
-        "List files that are no images, with reasons; they do not count as lost."
-        files = list(files)
-        self.rows += [dict(source=source, reason=reason) for source, reason in files]
-        counts = Counter(reason for _, reason in files)
-        for reason, n in counts.items():
-            first = next(source for source, why in files if why == reason)
-            self.say(f"left out, {reason}", first)
-            self.said[f"left out, {reason}"] += [first]*(n - 1)
-        self.quiet = len(files)
-
     def settle(self,
         what:str, # whose files were looked at, e.g. 'the sensor sar (pairs/sar)'
         used:int, # files that can be used
@@ -144,7 +131,8 @@ class SkipList:
         lost = self.rows[self.settled:len(self.rows) - self.quiet]
         first, self.settled, self.quiet = lost[0]['reason'] if lost else None, len(self.rows), 0
         for words, sources in self.said.items():
-            log.info("%s: %s", sources[0] if len(sources) == 1 else f"{len(sources):,} files, e.g. {sources[0]}", words)
+            more = f"{len(sources):,} files, e.g. " if len(sources) > 1 else ''
+            log.info("%s%s: %s", more, sources[0], words)
         self.said = {}
         if not used or (2*used < total and self.on_error == 'skip'):
             raise _lost(what, used, total, kind, first or (self.rows[-1]['reason'] if self.rows else None))
@@ -156,6 +144,29 @@ class SkipList:
     def table(self) -> pd.DataFrame:
         "The files that were left out, with reasons."
         return pd.DataFrame(self.rows, columns=['source', 'reason'])
+
+# %% ../../nbs/09a_data.files.ipynb #5d0a1906
+@patch
+def say(self:SkipList,
+    what:str, # in words
+    source:str|Path, # of which file
+):
+    "Keep what is to be said of a file that is used; `settle` logs it once for all files."
+    self.said.setdefault(what, []).append(str(source))
+
+@patch
+def leave_out(self:SkipList,
+    files:Iterable[tuple[str, str]], # files and reasons
+):
+    "List files that are no images, with reasons; they do not count as lost."
+    files = list(files)
+    self.rows += [dict(source=source, reason=reason) for source, reason in files]
+    counts = Counter(reason for _, reason in files)
+    for reason, n in counts.items():
+        first = next(source for source, why in files if why == reason)
+        self.say(f"left out, {reason}", first)
+        self.said[f"left out, {reason}"] += [first]*(n - 1)
+    self.quiet = len(files)
 
 # %% ../../nbs/09a_data.files.ipynb #9061b211
 def _lost(what, used, total, kind, first):

@@ -75,7 +75,8 @@ def look_at(
         firsts.setdefault(key, info)
     table = pd.DataFrame([{'files': _count(n, firsts[k]), 'example': firsts[k].path, **_facts(firsts[k])}
                           for k, n in rows.items()])
-    kinds = [(f"{ending}, a kind of file that is not read", n, first) for ending, (n, first) in others.items()]
+    kinds = [(f"{ending}, a kind of file that is not read", n, first)
+             for ending, (n, first) in others.items()]
     reasons = {why: [p for p, o in left if o == why] for why in dict.fromkeys(o for _, o in left)}
     told = [(why, len(o), o[0]) for why, o in reasons.items()] + kinds
     return Look(table, pd.DataFrame(told, columns=['reason', 'files', 'example']))
@@ -98,8 +99,10 @@ def _facts(info):
     "What is understood of one file, in words."
     try: sensor, trouble = sensor_of(info), ''
     except RsirError as e: sensor, trouble = None, str(e).split('; ', 1)[-1]
-    return dict(bands=_bands(info), sensor=f"{sensor.name}: {sensor.band_list}" if sensor else f"none: {trouble}",
-                numbers=_numbers(info), unit=sensor.unit if sensor else 'not known', scaling=_scaling(info, sensor),
+    name, unit = f"none: {trouble}", 'not known'
+    if sensor: name, unit = f"{sensor.name}: {sensor.band_list}", sensor.unit
+    return dict(bands=_bands(info), sensor=name, numbers=_numbers(info), unit=unit,
+                scaling=_scaling(info, sensor),
                 missing=_missing(info), place=_place(info), grid=_grid(info))
 
 def _bands(info):
@@ -124,7 +127,8 @@ def _numbers(info):
 
 def _scaling(info, sensor):
     "Scale and offset, and who says so."
-    if sensor is None: return 'not known without a unit' if not info.scalings else f"declared: {info.scalings[0]}"
+    if sensor is None:
+        return f"declared: {info.scalings[0]}" if info.scalings else 'not known without a unit'
     channels = [info.bands.index(o) for o in sensor.bands]
     try:
         known = product_scaling(info, sensor, lambda: sample_pixels(info, channels, info.nodata))
@@ -136,6 +140,7 @@ def _scaling(info, sensor):
     wrong = wrong_unit(seen, sensor.unit) if seen.size else None
     return f"has to be said: found {wrong[0]}; wanted {wrong[1]}; {wrong[2]}" if wrong else 'none'
 
+# %% ../../nbs/17f_data.look.ipynb #5d0a1904
 def _missing(info):
     "What marks pixels without data."
     said = [f"nodata {info.nodata}" if info.nodata is not None else '', 'a mask' if info.masked else '',
@@ -148,7 +153,8 @@ def _place(info):
     if info.crs is None: return f"none: {info.unplaced}; crs='unknown' goes without places"
     x, y = info.corners()[0]
     code = info.crs if len(info.crs) < 30 else info.crs.split('"')[1]
-    return f"{code}, upper left {x:.6g}, {y:.6g}" + (f", by {len(info.points)} control points" if info.points else '')
+    by = f", by {len(info.points)} control points" if info.points else ''
+    return f"{code}, upper left {x:.6g}, {y:.6g}{by}"
 
 def _grid(info):
     "Size in pixels, and of a pixel."

@@ -24,7 +24,7 @@ def _to_lonlat(crs):
 
 # %% ../../nbs/09g_data.places.ipynb #706c84c5
 def file_place(
-    ds:"rasterio.DatasetReader", # an open file
+    ds:object, # an open file of rasterio
 ) -> dict: # `crs`, `transform`, `points` and `unplaced`, as of `RasterInfo`
     "Coordinate system, transform and control points of a file, and why it has no place."
     transform, crs, why, points = tuple(ds.transform)[:6], ds.crs, None, ()
@@ -50,7 +50,8 @@ def footprints(
     "The WGS84 footprints of patches; those across the antimeridian are cut there, in two parts."
     to_lonlat = _to_lonlat(crs)
     if to_lonlat is None: raise InputError(f"patches have no place in {CRS.from_user_input(crs).name!r}",
-        found="a local coordinate system", wanted="one of the Earth", remedy="crs='unknown' goes without places")
+        found="a local coordinate system", wanted="one of the Earth",
+        remedy="crs='unknown' goes without places")
     x, y = np.moveaxis(np.asarray(corners, dtype=np.float64), -1, 0)
     lonlat = np.stack(to_lonlat.transform(x, y), -1)
     good = np.isfinite(lonlat).all((1, 2)) & (np.abs(lonlat[..., 1]) <= 90).all(1)

@@ -13,7 +13,7 @@ from typing import Callable
 import numpy as np
 
 from .bands import RasterInfo, band_name
-from ..satellites import COLOUR_WORDS, COLOURS, PRODUCT_SCALINGS, S2_OFFSET, S2_OFFSET_BASELINE
+from ..satellites import COLOUR_WORDS, COLOUR_BANDS, PRODUCT_SCALINGS, S2_OFFSET, S2_OFFSET_BASELINE
 from ..sensors import BANDS, Sensor
 
 # %% ../../nbs/09f_data.products.ipynb #7d8c1dab
@@ -27,7 +27,8 @@ LAYERS = {
     'a preview': 'TCI|PVI|L2A_PVI|L1C_PVI|QUICKLOOK|QL|THUMB|THUMBNAIL|PREVIEW|BROWSE',
 }
 _LIKELY = re.compile(r'(?:^|[^A-Z0-9])(QA|FLAGS|CLASSIFICATION|CLD|SNW|CLOUDS?|[A-Z]*_?MASK)(?:_CLIP)?$')
-_LAYERS = {k: re.compile(rf'(?:^|[^A-Z0-9])(?:{v})(?:_\d+M)?(?:_CLIP|_FILE_FORMAT)?$') for k, v in LAYERS.items()}
+_LAYERS = {k: re.compile(rf'(?:^|[^A-Z0-9])(?:{v})(?:_\d+M)?(?:_CLIP|_FILE_FORMAT)?$')
+           for k, v in LAYERS.items()}
 
 def other_layer(
     path:str|Path, # an image file
@@ -46,7 +47,8 @@ def may_be_layer(
     return bool(_LIKELY.search(Path(path).stem.upper()))
 
 # %% ../../nbs/09f_data.products.ipynb #176457b7
-_TOKEN = re.compile(r'(?<![A-Z0-9])(?:(?:SR|ST)_?)?(?:B(?:AND_?)?(?:8A|0?[1-9]|1[0-2])|VV|VH|HH|HV)(?![A-Z0-9])')
+_TOKEN = re.compile(r'(?<![A-Z0-9])(?:(?:SR|ST)_?)?'
+                    r'(?:B(?:AND_?)?(?:8A|0?[1-9]|1[0-2])|VV|VH|HH|HV)(?![A-Z0-9])')
 _WORD = re.compile(r'(?:^|[^A-Z0-9])(MS_(?:R|G|B|RE|NIR)|[A-Z]+(?:_?(?:EDGE|BLUE|I))?)$')
 _METRES = re.compile(r'[-_.](\d{1,4})M$')
 
@@ -69,7 +71,7 @@ def split_band(
 
 def _colour(word):
     word = word.lower().removeprefix('ms_')
-    return word if word in COLOURS else COLOUR_WORDS.get(word)
+    return word if word in COLOUR_BANDS else COLOUR_WORDS.get(word)
 
 def _is_colour(word): return (len(word) > 2 or word.startswith('MS_')) and _colour(word) in BANDS
 
@@ -107,7 +109,8 @@ def _landsat_scaling(sensor, sample):
     middles = [float(np.median(o)) for o in sample() if len(o)]
     least = 7000 if kind == 'SR' else 5000 if kind == 'L1' else 20_000
     if middles and min(middles) >= least:
-        return scale, offset, f"Landsat's numbers: scale {scale:g}, offset {offset:g} are applied; scale= and offset= decide otherwise"
+        return scale, offset, (f"Landsat's numbers: scale {scale:g}, offset {offset:g} are applied; "
+                               "scale= and offset= decide otherwise")
     if middles and max(middles) <= 2: return None # fractions, which are refused with the remedy
     spread = f"{min(middles):.0f}..{max(middles):.0f}" if middles else 'missing'
     return 1., 0., f"numbers around {spread} are no raw numbers of Landsat: taken as reflectance x 10000"

@@ -24,7 +24,7 @@ from rasterio.windows import Window
 from ..core import CorruptError, InputError, MissingFileError, RsirError
 from .bands import RasterInfo, band_name, is_picture
 from .places import file_place, footprints # noqa: F401
-from ..geo import wkb_on_earth
+
 
 # %% ../../nbs/10b_data.rasters.ipynb #83b94edb
 @contextmanager
@@ -209,7 +209,8 @@ def nodata_mask(
     if x.dtype.kind in 'fc': mask |= ~np.isfinite(x).all(0)
     marks = nodata if isinstance(nodata, Sequence) else [nodata]*len(x)
     if all(o is None or o != o for o in marks): return mask
-    marked = [np.zeros(mask.shape, bool) if o is None else band == o for band, o in zip(x, marks, strict=True)]
+    never = np.zeros(mask.shape, bool)
+    marked = [never if o is None else band == o for band, o in zip(x, marks, strict=True)]
     usual = black or x.dtype == np.uint8 or all(o in (0, None) for o in marks)
     return mask | (np.all(marked, 0) if usual else np.any(marked, 0))
 
@@ -234,7 +235,8 @@ def read_bands(
 ) -> tuple[np.ndarray, np.ndarray]: # (C,H,W) in the file's own type; bool (H,W), True where there is no data
     "Bands of an image and its missing pixels."
     bands, marks = _with_alpha(info, channels), _marks_of(nodata, channels)
-    if is_picture(info.path): return _masked(read_raster(info.path, bands, window), info, channels, marks, black)
+    if is_picture(info.path):
+        return _masked(read_raster(info.path, bands, window), info, channels, marks, black)
     with _opened(info.file, alone) as ds: return _read_masked(ds, info, channels, marks, black, window)
 
 def _with_alpha(info, channels): return [*channels, *([] if info.alpha is None else [info.alpha])]

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..core import DATASETS, InputError, MissingFileError, unknown_name
-from .band_files import BandFiles, band_scenes, read_parts, scene_info
+from .band_files import (BandFiles, band_scenes, read_parts, scene_info, scene_names,
+                                     scene_path)
 from .base import Archive
-from .checks import MARKS, check_patch, square_part, to_square
-from .files import SkipList, date_in_name, find_files, plain_text
+from .checks import MISSING_MARKS, check_patch, square_part, to_square
+from .files import SkipList, date_in_name, find_files
 from .images import read_reduced
 from .products import product_scaling, split_band
 from .rasters import (LARGE, fill_nodata, footprints, raster_info, read_bands, read_raster,
@@ -44,8 +45,8 @@ def sensor_of(
         raise InputError(f"the bands of {info.path} name no sensor",
                          found=', '.join(names) or f"{len(info.bands)} bands without names",
                          wanted="known band names, all in one unit",
-                         remedy="name the file's bands with bands=[...], or the sensor with sensor=; `rsir data "
-                                "look` shows what is understood, `rsir list bands` the names")
+                         remedy="name the file's bands with bands=[...], or the sensor with sensor=; "
+                                "`rsir data look` shows what is understood, `rsir list bands` the names")
     known, homes = {o.bands: o for o in SENSORS.values()}, {BANDS[o].sensor for o in names}
     usual = homes <= {'Sentinel-1', 'Sentinel-2', 'camera'}
     family = dict(dB='s1', DN='s2', byte='rgb').get(*units, 'scene') if usual else _family(homes)
@@ -65,7 +66,8 @@ def _modality(sensor):
 def _missing(info, channels, nodata):
     "Bool (H,W): where the scene has no data."
     mask = np.zeros((info.height, info.width), bool)
-    quick = np.dtype(info.dtype).kind == 'u' and nodata in (None, 0) and info.alpha is None and not info.masked
+    plain = nodata in (None, 0) and info.alpha is None and not info.masked
+    quick = plain and np.dtype(info.dtype).kind == 'u'
     for row in range(0, info.height, 512):
         window = row, 0, min(512, info.height - row), info.width
         if quick and read_raster(info.file, channels[:1], window).all(): continue
@@ -77,10 +79,10 @@ def _no_marks(x, mask, info):
     "Raise if many pixels hold a usual mark of missing pixels that the file does not declare."
     lows = np.where(mask, 0, x.min(0)) if x.dtype.kind != 'c' else np.zeros(1)
     low = float(lows.min(initial=0))
-    if low not in MARKS: return
+    if low not in MISSING_MARKS: return
     raise InputError(f"{info.path} holds a mark of missing pixels that it does not declare",
                      found=f"{low:g} in {(lows == low).mean():.0%} of the pixels of a strip",
-                     wanted=f"nodata {low:g}, not {info.nodata}" if info.nodata is not None else f"nodata {low:g}",
+                     wanted=f"nodata {low:g}" + (f", not {info.nodata}" if info.nodata is not None else ''),
                      remedy=f"pass nodata={low:g}")
 
 # %% ../../nbs/16_data.scenes.ipynb #84b53ae7
@@ -94,7 +96,8 @@ def _patch_rows(info, name, corners, missing, size, sensor):
     xy = np.stack([info.corners(*o, *n) for o, n in zip(corners.tolist(), inside.tolist(), strict=True)])
     places = footprints(xy, info.crs)
     if any(o is None for o in places):
-        raise InputError(f"{info.path} leaves the domain of its coordinate system", wanted="coordinates on Earth",
+        raise InputError(f"{info.path} leaves the domain of its coordinate system",
+                         wanted="coordinates on Earth",
                          found=f"{info.crs[:60]}, corner {info.corners()[0].round(3).tolist()}",
                          remedy="pass crs= if another is meant, or crs='unknown' to go without places")
     return table.assign(geometry=places, native_geometry=wkb_quads(xy))
@@ -104,20 +107,6 @@ def _date(info, name):
     day = date_in_name(Path(info.path).stem)
     return date_in_name(name) if info.source and day is pd.NaT else day
 
-def _names(scenes):
-    "File names without ending, each with as much of its path as tells it from the others."
-    parts = [[plain_text(o.stem), *(plain_text(p) for p in reversed(_path(o).parent.parts))] for o in scenes]
-    depth, names = [1]*len(scenes), None
-    for _ in range(max(map(len, parts), default=0)):
-        names = ['_'.join(reversed(p[:n])).replace('/', '') for p, n in zip(parts, depth, strict=True)]
-        again = pd.Series(names).duplicated(keep=False)
-        if not again.any(): return names
-        depth = [n + twice for n, twice in zip(depth, again, strict=True)]
-    return [f"{name}_{_path(o).suffix[1:]}" if twice else name
-            for name, twice, o in zip(names, again, scenes, strict=True)]
-
-def _path(scene): return scene.path if isinstance(scene, BandFiles) else scene
-
 # %% ../../nbs/16_data.scenes.ipynb #5d0a17f5
 def _scene_info(scene, sensor, bands):
     "What a file or the files of a scene say; several files of one band each are not named by `bands`."
@@ -125,8 +114,9 @@ def _scene_info(scene, sensor, bands):
     if len(scene.files) == 1 and (bands is not None or len(raster_info(scene.files[0]).bands) > 1):
         return raster_info(scene.files[0])
     if bands is not None:
-        raise InputError(f"bands= does not name the bands of {scene.path}", found=f"{len(scene.files)} files of "
-                         "one band each, which their names tell", remedy="leave bands out; sensor= chooses "
+        raise InputError(f"bands= does not name the bands of {scene.path}",
+                         found=f"{len(scene.files)} files of one band each, which their names tell",
+                         remedy="leave bands out; sensor= chooses "
                          "among them, and `rsir data look` shows what they are called")
     return scene_info(scene, None if sensor is None else get_sensor(sensor).bands)
 
@@ -155,7 +145,7 @@ def _cut(info, name, sensor, o):
     return table, how, [why, _unused(info, sensor)]
 
 def _placed(info, crs):
-    "A file with the coordinate system that it has or that the user gave, or without one if that was asked for."
+    "A file with the coordinate system that it has or that the user gave."
     if crs == 'unknown' or info.crs is not None: return info
     still = info.transform == (1., 0., 0., 0., 1., 0.) and not info.points
     if crs is not None and not still: return replace(info, crs=crs)
@@ -224,10 +214,11 @@ class SceneArchive(Archive):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         files = find_files(paths)
         scenes, left = band_scenes(files, paths)
-        if not scenes: raise InputError(f"{left[0][0]} and {len(left) - 1} other files are no imagery", found=left[0][1],
-                                        wanted="scenes", remedy="name a file itself to use it all the same")
-        for scene, name in zip(scenes, _names(scenes), strict=True):
-            with skips.guard(_path(scene)):
+        if not scenes:
+            raise InputError(f"{left[0][0]} and {len(left) - 1} other files are no imagery", found=left[0][1],
+                             wanted="scenes", remedy="name a file itself to use it all the same")
+        for scene, name in zip(scenes, scene_names(scenes), strict=True):
+            with skips.guard(scene_path(scene)):
                 info = _scene_info(scene, sensor, bands)
                 left += getattr(scene, 'left', [])
                 sensor = sensor_of(info, bands) if sensor is None else get_sensor(sensor)
