@@ -17,8 +17,8 @@ import typer
 from .core import InputError, RsirError, unknown_name
 from .geo import write_csv
 from .options import (ConfigName, DryRun, FileReading, Filters, Overrides, Overwrite, ProtocolName,
-                             RunFolder, SourceSensor, TargetSensor, VerbGroup, changes_of, is_run, run_config,
-                             shown, verb)
+                             RunFolder, SourceSensor, TargetSensor, VerbGroup, band_lines, changes_of, is_run,
+                             run_config, shown, verb)
 from .plugins import registry_of
 from .verbs import bench_app, config_app, data_app, weights_app
 from .verbs_codes import codes_app
@@ -56,9 +56,7 @@ def main(
     return 0
 
 # %% ../nbs/91_cli.ipynb #ca28c210
-def _fail(message, status):
-    print(f"rsir: {message}", file=sys.stderr)
-    return status
+def _fail(message, status): return print(f"rsir: {message}", file=sys.stderr) or status
 
 # %% ../nbs/91_cli.ipynb #e77962e1
 KINDS = dict(datasets='dataset', methods='method', backbones='backbone', necks='neck', losses='loss',
@@ -75,7 +73,9 @@ def list_command(
 ):
     "Show what can be named in a config."
     from rsir_nb.config import list_configs
-    if kind and kind not in (*KINDS, 'configs'): raise unknown_name('list', kind, (*KINDS, 'configs'))
+    legal = *KINDS, 'configs', 'bands'
+    if kind and kind not in legal: raise unknown_name('list', kind, legal)
+    if kind == 'bands': return print(band_lines())
     configs = [*list_configs(), *(f'bench/{o}' for o in list_configs('bench'))]
     if kind in ('', 'configs'): print('configs:', *[f"  {o}" for o in configs], sep='\n')
     for name in KINDS:

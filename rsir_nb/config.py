@@ -23,7 +23,7 @@ from .core import (DATASETS, METHODS, CorruptError, InputError, MissingFileError
                           lazy_import, modules_with, unknown_name)
 from .checksums import check_sealed_text, seal_text, write_sealed
 from .plugins import load_installed, load_plugins
-from .typed import PLAIN, absolute_path, builder_arguments, constructors, typed_value
+from .typed import PLAIN, absolute_path, builder_arguments, constructors, is_text, typed_value
 
 # %% ../nbs/01_config.ipynb #5edab2b0
 pd = lazy_import('pandas')
@@ -167,7 +167,7 @@ def _parse(override):
     if not equals or not key.strip() or key.strip() != key or key.startswith('-'):
         raise InputError("an override cannot be read", found=repr(override), wanted="key=value",
                          remedy="write it like data.img_size=60 or method=csmae, without spaces around '='")
-    if re.match(r'\*|\{\w+\}\S', value): override = f'{key}={json.dumps(value)}' # a pattern of paths, no YAML
+    if is_text(key, value): override = f'{key}={json.dumps(value)}' # a path, or a pattern of paths, no YAML
     try: return OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise InputError("an override cannot be read", found=repr(override),
@@ -218,8 +218,8 @@ def load_config(
     for layer, dots in layers: _merge(cfg, layer, dots)
     checked = {o: _check_group(o, cfg[o]) for o in GROUPS}
     rest = dict(seed=typed_value('seed', cfg['seed'], int), plugins=list(plugins))
-    made = OmegaConf.create({**checked, **rest, 'out': str(cfg.get('out') or f'runs/{Path(name).stem}')})
-    plain = to_dict(made)
+    out = str(Path(str(cfg.get('out') or f'runs/{Path(name).stem}')).expanduser())
+    plain = to_dict(OmegaConf.create({**checked, **rest, 'out': out}))
     resolved = OmegaConf.create({**plain, 'data': _absolute_paths(plain['data'])})
     OmegaConf.set_struct(resolved, True)
     return resolved

@@ -234,7 +234,7 @@ def atomic_path(
     path:str|Path, # the file or folder to be written
 ) -> Iterator[Path]: # the temporary path to write to
     "Write to the yielded path; it replaces `path` when the block ends without an error."
-    path = Path(path)
+    path = Path(path).expanduser()
     make_folder(path.parent)
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{o}") for o in ('part', 'old'))
     try:

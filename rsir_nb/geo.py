@@ -13,8 +13,8 @@ import numpy as np
 from .core import CorruptError, InputError, MissingFileError, atomic_path, lazy_import
 
 # %% auto #0
-__all__ = ['wkb_polygon', 'wkb_quads', 'wkb_box', 'footprint', 'read_shapes', 'wkb_to_geojson', 'ground_side', 'bounding_boxes',
-           'write_geoparquet', 'read_geoparquet', 'write_csv']
+__all__ = ['wkb_polygon', 'wkb_quads', 'wkb_box', 'wkb_on_earth', 'footprint', 'read_shapes', 'wkb_to_geojson', 'ground_side',
+           'bounding_boxes', 'write_geoparquet', 'read_geoparquet', 'write_csv']
 
 # %% ../nbs/04_geo.ipynb #8f62f17f
 pd = lazy_import('pandas')
@@ -60,6 +60,30 @@ def wkb_box(
                          wanted="west < east and south < north, in degrees")
     return wkb_polygon([(west, south), (east, south), (east, north), (west, north)])
 
+# %% ../nbs/04_geo.ipynb #5d0a17d1
+def wkb_on_earth(
+    corners:np.ndarray, # (N,n,2) longitude and latitude of the corners of each patch, in order around it
+) -> list[bytes]: # N polygons, cut at the antimeridian
+    "Polygons on the globe as WKB."
+    xy = np.array(corners, dtype=np.float64)
+    if not len(xy): return []
+    lon = xy[..., 0]
+    jumps = np.ptp(lon, axis=1) > 180
+    lon[jumps] = np.where(lon[jumps] < 0, lon[jumps] + 360, lon[jumps])
+    lon -= 360*np.round(lon.mean(1, keepdims=True)/360)
+    out = wkb_quads(xy)
+    for i in np.flatnonzero((lon.min(1) < -180) | (lon.max(1) > 180)): out[i] = _cut_at_180(xy[i])
+    return out
+
+def _cut_at_180(ring):
+    "A ring that leaves -180..180 as WKB of two polygons."
+    whole, parts = shapely.polygons(_rings([ring])[0]), []
+    for turn in -360, 0, 360:
+        part = shapely.intersection(whole, shapely.box(turn - 180, -90, turn + 180, 90))
+        if shapely.area(part) > 0: parts.append(shapely.transform(part, lambda o, t=turn: o - [t, 0]))
+    parts = [shapely.polygons(_rings([shapely.get_coordinates(o)[:-1]])[0]) for o in shapely.get_parts(parts)]
+    return shapely.to_wkb(shapely.multipolygons(parts) if len(parts) > 1 else parts[0], byte_order=1)
+
 # %% ../nbs/04_geo.ipynb #e41bd4b3
 def footprint(
     bounds:Sequence[float], # left, bottom, right, top in the units of `crs`
@@ -77,7 +101,8 @@ def footprint(
     w, h, o = (right-left)*t, (top-bottom)*t, np.zeros(points)
     x = np.concatenate([left + w, right + o, right - w, left + o])
     y = np.concatenate([bottom + o, bottom + h, top + o, top - h])
-    return wkb_polygon(np.stack(Transformer.from_crs(source, 'OGC:CRS84', always_xy=True).transform(x, y), 1))
+    lonlat = np.stack(Transformer.from_crs(source, 'OGC:CRS84', always_xy=True).transform(x, y), 1)
+    return wkb_on_earth(lonlat[None])[0]
 
 # %% ../nbs/04_geo.ipynb #4e3dd718
 def read_shapes(
@@ -124,8 +149,20 @@ def _geo_metadata(geometries):
     shapes = read_shapes(geometries)
     kinds = {o.geom_type for o in shapes if o is not None}
     column = dict(encoding='WKB', geometry_types=sorted(kinds))
-    if kinds: column['bbox'] = shapely.total_bounds(shapes).tolist()
+    if kinds: column['bbox'] = _whole_box(shapes)
     return dict(version='1.1.0', primary_column='geometry', columns=dict(geometry=column))
+
+def _whole_box(shapes):
+    "West, south, east, north of all shapes; west > east where some of them were cut at the antimeridian."
+    west, south, east, north = shapely.total_bounds(shapes).tolist()
+    bounds = shapely.bounds(shapes)
+    if not (bounds[:, 2] - bounds[:, 0] > 359.999999).any(): return [west, south, east, north]
+    parts = shapely.bounds(shapely.get_parts(shapes[~shapely.is_missing(shapes)]))
+    starts, ends = parts[np.argsort(parts[:, 0])][:, [0, 2]].T
+    gaps = starts[1:] - np.maximum.accumulate(ends)[:-1]
+    if not len(gaps) or gaps.max() <= 0: return [west, south, east, north]
+    widest = int(gaps.argmax())
+    return [float(starts[widest + 1]), south, float(ends[:widest + 1].max()), north]
 
 # %% ../nbs/04_geo.ipynb #991f05d6
 def write_geoparquet(
@@ -162,12 +199,19 @@ def read_geoparquet(
 def _plain_table(table):
     "A dataframe with lists as lists, and the file's own metadata."
     df = table.to_pandas()
+    kept = [o for o in df.index.names if o is not None and o not in df.columns]
+    if kept: df = df.reset_index(kept).reset_index(drop=True) # what pandas kept as the index is a column
     for field in table.schema:
         if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
             df[field.name] = [None if o is None else list(o) for o in df[field.name]]
-    stored = table.schema.metadata or {}
-    df.attrs = {k.decode(): json.loads(v) for k, v in stored.items() if k not in (b'pandas', b'ARROW:schema')}
+    stored = {k: v for k, v in (table.schema.metadata or {}).items() if k not in (b'pandas', b'ARROW:schema')}
+    df.attrs = {k.decode(errors='replace'): _said(v) for k, v in stored.items()}
     return df
+
+def _said(value):
+    "An entry of a file's metadata: JSON where it is, else text."
+    try: return json.loads(value)
+    except ValueError: return value.decode(errors='replace')
 
 # %% ../nbs/04_geo.ipynb #d4237494
 def write_csv(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ConfigName', 'RunFolder', 'Overrides', 'DryRun', 'Overwrite', 'SourceSensor', 'TargetSensor', 'ProtocolName',
-           'Filters', 'FileReading', 'file_options', 'filter_options', 'verb', 'VerbGroup', 'shown', 'run_config',
-           'changes_of', 'is_run']
+           'Filters', 'FileReading', 'file_options', 'filter_options', 'verb', 'VerbGroup', 'band_lines', 'shown',
+           'run_config', 'changes_of', 'is_run']
 
 # %% ../nbs/90b_options.ipynb #8e8b5c7a
 import inspect
@@ -132,6 +132,20 @@ def _failing(entry, error):
         raise InputError(f"the verb {entry.name!r} of the package {entry.dist.name} cannot be loaded",
                          found=f"{type(error).__name__}: {error}", remedy="update that package, or remove it")
     return run
+
+# %% ../nbs/90b_options.ipynb #5d0a1821
+def band_lines() -> str: # one line per band
+    "All band names with resolution, wavelength and spellings, and the sensors made of them."
+    from rsir_nb.satellites import COLOUR_WORDS
+    from rsir_nb.sensors import BANDS, SENSORS
+    lines, home = ['bands:'], None
+    for band in BANDS.values():
+        if band.sensor != home: lines.append(f"  {band.sensor}")
+        home, words = band.sensor, [o for o, name in COLOUR_WORDS.items() if name == band.name]
+        nm = f"{band.wavelength:,.0f} nm, " if band.wavelength and band.wavelength < 20_000 else ''
+        also = f"; also {', '.join(words)}" if words else ''
+        lines.append(f"    {band.name:<12} {nm}{band.description} ({band.unit}){also}")
+    return '\n'.join([*lines, 'sensors:', *(f"  {o.name:<12} {o.band_list}" for o in SENSORS.values())])
 
 # %% ../nbs/90b_options.ipynb #77be556a
 def shown(

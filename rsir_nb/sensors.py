@@ -11,6 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import InputError, check_arguments, lazy_import, unknown_name
+from .satellites import COLOUR_BANDS, LANDSAT, LANDSAT_THERMAL, SATELLITE_SENSORS
 
 # %% auto #0
 __all__ = ['UNITS', 'BANDS', 'SENSORS', 'BAND_ORDERS', 'CHANNEL_PRESETS', 'NormTable', 'NORM_TABLES', 'Band', 'band_table',
@@ -27,6 +28,7 @@ UNITS = {
     'DN':   'surface reflectance x 10000, 0..10000 and more over clouds and snow',
     'byte': 'brightness of a picture, 0..255',
     'one':  'a ratio, without a unit',
+    'K':    'temperature in kelvin, about 200..350',
 }
 
 # %% ../nbs/02_sensors.ipynb #fcab0e4c
@@ -60,6 +62,10 @@ BANDS:dict[str, Band] = {
     **{n: Band(n, 'Sentinel-1', 10, 'dB', _C_BAND, text) for n, text in _S1.items()},
     'VV/VH': Band('VV/VH', 'Sentinel-1', 10, 'one', _C_BAND, 'quotient of the two values in dB'),
     **{n: Band(n, 'camera', None, 'byte', None, text) for n, text in _RGBN.items()},
+    **{n: Band(n, satellite, res, 'DN', nm, text) for satellite, bands in LANDSAT.items()
+       for n, (res, nm, text) in bands.items()},
+    **{n: Band(n, 'Landsat', res, 'K', nm, text) for n, (res, nm, text) in LANDSAT_THERMAL.items()},
+    **{n: Band(n, 'by colour', res, 'DN', nm, text) for n, (res, nm, text) in COLOUR_BANDS.items()},
 }
 
 # %% ../nbs/02_sensors.ipynb #a453bcec
@@ -157,6 +163,7 @@ SENSORS:dict[str, Sensor] = {o.name: o for o in [
     Sensor('s2_rgbn', ('B04', 'B03', 'B02', 'B08'), 'DN'),
     Sensor('rgb', ('R', 'G', 'B'), 'byte', 1),
     Sensor('rgbn', ('R', 'G', 'B', 'N'), 'byte', 1),
+    *(Sensor(name, bands, 'DN', BANDS[bands[-1]].resolution) for name, bands in SATELLITE_SENSORS.items()),
 ]}
 
 # %% ../nbs/02_sensors.ipynb #2fd7d520

@@ -55,6 +55,10 @@ STRETCHES:dict[str, Stretch] = {
     'false': Stretch('false colour', ('B08', 'B04', 'B03'), (0,)*3, (5000, 2500, 2500), 'DN', 1.3),
     'swir':  Stretch('short-wave infrared', ('B12', 'B8A', 'B04'), (0,)*3, (4000, 5000, 2500), 'DN', 1.3),
     'infrared': Stretch('infrared picture', ('N', 'R', 'G'), (0,)*3, (255,)*3, 'of 255'),
+    'landsat': Stretch('true colour', ('SR_B4', 'SR_B3', 'SR_B2'), (0,)*3, (2500,)*3, 'DN', 1.6),
+    'landsat_l1': Stretch('true colour', ('L1_B4', 'L1_B3', 'L1_B2'), (400,)*3, (2500,)*3, 'DN', 1.6),
+    'landsat_tm': Stretch('true colour', ('TM_SR_B3', 'TM_SR_B2', 'TM_SR_B1'), (0,)*3, (2500,)*3, 'DN', 1.6),
+    'colours': Stretch('true colour', ('red', 'green', 'blue'), (0,)*3, (2500,)*3, 'DN', 1.6),
     'vv':    Stretch('radar', ('VV',), (-23,), (-1,), 'dB'),
     'vh':    Stretch('radar', ('VH',), (-29,), (-7,), 'dB'),
 }

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_app', 'weights_app', 'WeightsFile', 'NumHeads', 'config_app', 'bench_app', 'convert_command', 'info_command',
-           'verify_command', 'table_command', 'weights_info_command', 'weights_convert_command',
+           'look_command', 'verify_command', 'table_command', 'weights_info_command', 'weights_convert_command',
            'weights_adopt_command', 'config_group', 'config_import_command', 'bench_group', 'bench_methods_command']
 
 # %% ../nbs/90c_verbs.ipynb #3951593e
@@ -70,6 +70,17 @@ def _config_of(what, overrides):
         return load_config('base', [f'data={what}', *overrides])
     if overrides: raise InputError(f"{what} is a folder, which takes no changes", found=overrides[0])
 
+# %% ../nbs/90c_verbs.ipynb #5d0a1810
+@data_app.command('look')
+def look_command(
+    paths:Annotated[list[Path], typer.Argument(help="Image files, or folders to look through.")], # which
+):
+    "Show how files are understood: bands, unit, scaling, missing pixels, place, grid, and what is left out."
+    from rsir_nb.data.look import look_at
+    found = look_at(paths)
+    print(found.to_text())
+    return found
+
 # %% ../nbs/90c_verbs.ipynb #8a8d0ca8
 @data_app.command('verify')
 def verify_command(
@@ -101,7 +112,9 @@ def table_command(
     for name in 'labels', 'modalities':
         if name in table: table[name] = [None if o is None else ', '.join(o) for o in table[name]]
     few = table[[o for o in ('id', 'split', 'date', 'place', 'labels') if o in table]].head(n)
-    print(few.to_string(index=False, max_colwidth=60) if len(few) else "no patch matches")
+    short = {o: (lambda x: x if len(str(x)) <= 60 else f"{str(x)[:57]}...") for o in few if o != 'id'}
+    print(few.to_string(index=False, formatters={o: f for o, f in short.items() if few[o].dtype == object})
+          if len(few) else "no patch matches")
     if len(few) < len(table): print(f"... {len(table):,} in all")
     if csv: write_csv(table, csv)
     return table

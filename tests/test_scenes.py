@@ -331,7 +331,8 @@ def test_read_patch_file_with_gaps(tmp_path):
 
 def test_read_patch_folder_and_picture(tmp_path):
     for i, band in enumerate(TEN):
-        write_tif(tmp_path/f"patch_1_{band}.tif", optical(1, *(2*[120 if i % 2 else 60])))
+        side = 120 if i % 2 else 60
+        write_tif(tmp_path/f"patch_1_{band}.tif", optical(1, side, side), transform=from_origin(690000, 5340000, 1200/side, 1200/side))
     assert read_patch_file(tmp_path, "s2").shape == (10, 120, 120)
     with pytest.raises(InputError, match="has not all the bands of s1.*wanted VH, VV"):
         read_patch_file(tmp_path, "s1")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core import InputError, RsirError, unknown_name
 from .checks import as_kept
+from .files import plain_text
 from .classes import DENSE_CLASSES, Labels, Vocab, stack_facts
 from .split_lists import split_name
 from ..sensors import Sensor, get_sensor
@@ -109,8 +110,9 @@ def number(self:Archive,
 ) -> int: # 0..N-1
     "The row number of the patch `key`."
     if isinstance(key, str):
-        if key not in self.numbers: raise unknown_name('patch', key, self.ids)
-        return self.numbers[key]
+        plain = key if key in self.numbers else plain_text(key)
+        if plain not in self.numbers: raise unknown_name('patch', key, self.ids)
+        return self.numbers[plain]
     i = operator.index(key)
     if not -len(self) <= i < len(self):
         raise _OutOfRange(f"there is no patch number {i}", found=f"{len(self)} patches")

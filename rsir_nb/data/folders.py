@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..core import DATASETS, InputError, unknown_name
 from .base import Archive
 from .classes import Vocab
-from .files import SkipList, date_in_name, find_files
+from .files import SkipList, date_in_name, find_files, plain_text
 from .images import ImageFiles, image_places, keep_usable
 from .pairing import match_files
 from .split_lists import split_by_place
@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 def _table_of(infos, root, files):
     "The table of images in class folders."
-    table = pd.DataFrame(dict(id=[p.relative_to(root).with_suffix('').as_posix() for p in infos],
+    names = [plain_text(p.relative_to(root).with_suffix('').as_posix()) for p in infos]
+    table = pd.DataFrame(dict(id=names,
                               labels=[[p.parent.name] for p in infos], source=list(map(str, infos)),
                               date=[date_in_name(p.stem) for p in infos], sensor=files.sensor.name))
     return table.join(image_places(list(infos.values()), files))
@@ -66,6 +67,7 @@ class ClassFolders(Archive):
     ):
         self.files = ImageFiles(sensor, bands, scale, offset, img_size, fit, grey=grey)
         skips = SkipList(on_error)
+        root = Path(root).expanduser()
         paths = [p for p in find_files(root, _IMAGES) if classes is None or p.parent.name in classes]
         infos = {}
         for path in tqdm(paths, desc='images', disable=len(paths) < 10_000):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'MOST', 'raster_info', 'check_pixels', 'read_raster', 'nodata_mask', 'fill_nodata', 'read_bands',
-           'open_strips', 'footprints']
+           'sample_pixels', 'open_strips']
 
 # %% ../../nbs/10b_data.rasters.ipynb #eb886fcb
-import warnings
+import os, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -17,18 +17,20 @@ import rasterio
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from pyproj import CRS, Transformer
+from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.windows import Window
 
 from ..core import CorruptError, InputError, MissingFileError, RsirError
 from .bands import RasterInfo, band_name, is_picture
-from ..geo import wkb_quads
+from .places import file_place, footprints # noqa: F401
+
 
 # %% ../../nbs/10b_data.rasters.ipynb #83b94edb
 @contextmanager
 def _opened(path, alone=False):
-    "An open rasterio dataset; `alone` does not look for side files, which is slow in a folder of many."
+    "An open rasterio dataset; `alone` does not list the folder, which is slow where there are many files."
+    if alone and any(os.path.exists(f'{path}{ending}') for ending in ('.msk', '.aux.xml')): alone = False
     options = dict(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR') if alone else {}
     with rasterio.Env(**options), warnings.catch_warnings():
         warnings.simplefilter('ignore', NotGeoreferencedWarning)
@@ -47,13 +49,30 @@ def _unreadable(path, why):
 # %% ../../nbs/10b_data.rasters.ipynb #b95f0eea
 _COLOURS = {1: (None,), 2: (None, 'alpha'), 3: ('R', 'G', 'B'), 4: ('R', 'G', 'B', 'alpha')}
 
+_CAMERA = dict(red='R', green='G', blue='B', nir='N')
+
 def _band_names(ds):
     "Names by description; where no band has one, of 8-bit colours by their role. Alpha bands without a name."
-    names, roles = [band_name(text) for text in ds.descriptions], [role.name for role in ds.colorinterp]
+    words, roles = ds.descriptions, [role.name for role in ds.colorinterp]
+    names = [text and band_name(text, ds.name) for text in words] if any(words) else [None]*ds.count
+    if ({'SR_B5', 'SR_B7'} <= set(names) and 'SR_B6' not in names) or 'ST_B6' in names: # of Landsat 4-7
+        names = [f'TM_{o}' if o and o[:4] == 'SR_B' else o for o in names]
+    if ds.dtypes[0] == 'uint8': names = [_CAMERA.get(o, o) for o in names]
     if not any(names) and ds.dtypes[0] == 'uint8':
-        names = [dict(red='R', green='G', blue='B').get(role) for role in roles]
-    return tuple(name or ('alpha' if role == 'alpha' else None)
-                 for name, role in zip(names, roles, strict=True))
+        names = [_CAMERA.get(role) if role != 'nir' else None for role in roles]
+    is_alpha = lambda role, text: role == 'alpha' or (text or '').lower() == 'alpha'
+    return tuple(name or ('alpha' if is_alpha(role, text) else None)
+                 for name, role, text in zip(names, roles, words, strict=True))
+
+def _marks(ds):
+    "The declared mark of missing pixels; of each band where they differ."
+    marks = ds.nodatavals
+    return marks[0] if len({str(o) for o in marks}) == 1 else marks
+
+def _has_mask(ds):
+    "Whether a mask of the file, not an alpha band, says which pixels are data."
+    flags = ds.mask_flag_enums[0]
+    return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
 
 def _colours(ds):
     "The colour table of an image with a palette, uint8 (3 or 4,N); None of other images."
@@ -81,12 +100,12 @@ def raster_info(
     "Read the header of `path`; raises `MissingFileError`, `CorruptError` or `InputError`."
     if is_picture(path): return _picture_info(path)
     with _opened(path, alone) as ds:
-        crs = ds.crs and (f"EPSG:{ds.crs.to_epsg()}" if ds.crs.to_epsg() else ds.crs.to_wkt())
-        table, scaling = _colours(ds), (ds.scales[0], ds.offsets[0])
+        table, tags, scalings = _colours(ds), ds.tags(), tuple(zip(ds.scales, ds.offsets, strict=True))
         if table is not None: names, dtype, nodata = _COLOURS[len(table)], 'uint8', None
-        else: names, dtype, nodata = _band_names(ds), ds.dtypes[0], ds.nodata
-        return RasterInfo(str(path), ds.height, ds.width, names, dtype, crs or None, tuple(ds.transform)[:6],
-                          nodata, scaling)
+        else: names, dtype, nodata = _band_names(ds), ds.dtypes[0], _marks(ds)
+        return RasterInfo(str(path), ds.height, ds.width, names, dtype, nodata=nodata, masked=_has_mask(ds),
+                          scalings=scalings if set(scalings) != {(1., 0.)} else (),
+                          said=' '.join(f'{k}={v}' for k, v in tags.items())[:2000], **file_place(ds))
 
 # %% ../../nbs/10b_data.rasters.ipynb #12c0bbcc
 @contextmanager
@@ -168,10 +187,12 @@ def read_raster(
         return np.ascontiguousarray(x if channels is None else x[list(channels)])
     with _opened(path, alone) as ds: return _read_window(ds, channels, window)
 
+def _part(window): return window and Window(window[1], window[0], window[3], window[2])
+
 def _read_window(ds, channels, window):
     "Bands of a window of an open image."
     check_pixels(ds.name, *(window[2:] if window else (ds.height, ds.width)))
-    part, table = window and Window(window[1], window[0], window[3], window[2]), _colours(ds)
+    part, table = _part(window), _colours(ds)
     numbers = None if channels is None else [channel + 1 for channel in channels]
     if table is None: return ds.read(numbers, window=part)
     x = _expand(ds.read(1, window=part), table, ds.name)
@@ -180,12 +201,18 @@ def _read_window(ds, channels, window):
 # %% ../../nbs/10b_data.rasters.ipynb #4759ac00
 def nodata_mask(
     x:np.ndarray, # (C,H,W) as in the file
-    nodata:float|None=None, # the mark of missing pixels, of the file or your own
+    nodata:float|Sequence[float|None]|None=None, # the mark of missing pixels, of the file or your own; or C
+    black:bool=False, # whether a pixel that is 0 in all bands is data
 ) -> np.ndarray: # bool (H,W), True where there is no data
     "Which pixels of `x` are missing."
-    mask = (x == 0).all(0)
-    if x.dtype.kind == 'f': mask |= ~np.isfinite(x).all(0)
-    return mask if nodata is None or nodata == 0 or np.isnan(nodata) else mask | (x == nodata).any(0)
+    mask = np.zeros(x.shape[1:], bool) if black else (x == 0).all(0)
+    if x.dtype.kind in 'fc': mask |= ~np.isfinite(x).all(0)
+    marks = nodata if isinstance(nodata, Sequence) else [nodata]*len(x)
+    if all(o is None or o != o for o in marks): return mask
+    never = np.zeros(mask.shape, bool)
+    marked = [never if o is None else band == o for band, o in zip(x, marks, strict=True)]
+    usual = black or x.dtype == np.uint8 or all(o in (0, None) for o in marks)
+    return mask | (np.all(marked, 0) if usual else np.any(marked, 0))
 
 # %% ../../nbs/10b_data.rasters.ipynb #b5dbdc73
 def fill_nodata(
@@ -207,15 +234,44 @@ def read_bands(
     alone:bool=False, # do not look for side files
 ) -> tuple[np.ndarray, np.ndarray]: # (C,H,W) in the file's own type; bool (H,W), True where there is no data
     "Bands of an image and its missing pixels."
-    x = read_raster(info.path, _with_alpha(info, channels), window, alone)
-    return _masked(x, len(channels), nodata, black)
+    bands, marks = _with_alpha(info, channels), _marks_of(nodata, channels)
+    if is_picture(info.path):
+        return _masked(read_raster(info.path, bands, window), info, channels, marks, black)
+    with _opened(info.file, alone) as ds: return _read_masked(ds, info, channels, marks, black, window)
 
 def _with_alpha(info, channels): return [*channels, *([] if info.alpha is None else [info.alpha])]
 
-def _masked(x, n, nodata, black):
-    "The first `n` bands, and where there is no data; a band more is a mask."
-    mask = np.zeros(x.shape[1:], bool) if black else nodata_mask(x[:n], nodata)
-    return (x[:n], mask | (x[-1] == 0)) if len(x) > n else (x[:n], mask)
+def _marks_of(nodata, channels):
+    "The marks of missing pixels of some bands."
+    return [nodata[o] for o in channels] if isinstance(nodata, Sequence) else nodata
+
+def _read_masked(ds, info, channels, marks, black, window):
+    "Bands of a window of an open image, and where there is no data."
+    x, part = _read_window(ds, _with_alpha(info, channels), window), _part(window)
+    seen = ds.dataset_mask(window=part) if info.masked else None
+    return _masked(x, info, channels, marks, black, seen)
+
+def _masked(x, info, channels, marks, black, seen=None):
+    "The image bands of `x`, and where there is no data; a band more is a mask, `seen` another."
+    n, said = len(channels), info.alpha is not None or seen is not None or marks is not None
+    mask = nodata_mask(x[:n], marks, black or (said and x.dtype == np.uint8))
+    if len(x) > n: mask |= x[-1] == 0
+    return x[:n], mask if seen is None else mask | (seen == 0)
+
+# %% ../../nbs/10b_data.rasters.ipynb #5d0a17e1
+def sample_pixels(
+    info:RasterInfo, # of the file
+    channels:Sequence[int], # bands by number, from 0
+    nodata:float|Sequence[float|None]|None=None, # the mark of missing pixels, of the file or your own
+    side:int=256, # pixels a side that are looked at, at most
+) -> list[np.ndarray]: # of each band the values that are data, evenly spread over the image
+    "A sample of an image's numbers."
+    shape = len(channels), min(side, info.height), min(side, info.width)
+    with _opened(info.file) as ds:
+        x = ds.read([o + 1 for o in channels], out_shape=shape)
+        if info.masked: x = np.where(ds.dataset_mask(out_shape=shape[1:]) > 0, x, 0)
+    seen = ~nodata_mask(x, _marks_of(nodata, channels))
+    return [band[seen & (band != 0)] for band in x]
 
 # %% ../../nbs/10b_data.rasters.ipynb #942a3057
 @contextmanager
@@ -227,14 +283,13 @@ def open_strips(
     black:bool=False, # whether a pixel that is 0 in all bands is data
 ) -> Iterator[tuple[Callable, int]]: # window -> as of `read_bands`; and how much smaller the image is
     "Read windows of one image from top to bottom."
-    bands, path = _with_alpha(info, channels), info.path
-    finish = lambda x: _masked(x, len(channels), nodata, black)
+    bands, path, how = _with_alpha(info, channels), info.path, (_marks_of(nodata, channels), black)
     if is_picture(path) and not _by_rows(path):
         whole, done = _decode_smaller(path, factor)
-        yield lambda row, col, h, w: finish(whole[bands, row:row+h, col:col+w]), done
+        yield lambda row, col, h, w: _masked(whole[bands, row:row+h, col:col+w], info, channels, *how), done
     else:
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE), _opened(path, alone=True) as ds:
-            yield lambda *window: finish(_read_window(ds, bands, window)), 1
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE), _opened(info.file, alone=True) as ds:
+            yield lambda *window: _read_masked(ds, info, channels, *how, window), 1
 
 # %% ../../nbs/10b_data.rasters.ipynb #349b4d6b
 _CACHE = 128*2**20 # bytes that GDAL keeps of an image; a twentieth of the memory unless told
@@ -255,13 +310,3 @@ def _decode_smaller(path, factor):
             x = np.atleast_3d(im.convert(_MODES[n])).transpose(2, 0, 1)
             return x, max(1, round(width/im.width))
     return _read_picture(path), 1
-
-# %% ../../nbs/10b_data.rasters.ipynb #4e9c6281
-def footprints(
-    corners:np.ndarray, # (N,4,2) x and y of the corners, in order around each patch, in the units of `crs`
-    crs:str, # the coordinates' system, e.g. 'EPSG:32632'
-) -> list[bytes]: # N polygons on WGS84, as WKB
-    "The WGS84 footprints of patches."
-    to_lonlat = Transformer.from_crs(CRS.from_user_input(crs), 'OGC:CRS84', always_xy=True)
-    x, y = np.moveaxis(np.asarray(corners, dtype=np.float64), -1, 0)
-    return wkb_quads(np.stack(to_lonlat.transform(x, y), -1))

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/72a_engine.asking.ipynb #f3f8d078
 from __future__ import annotations
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,8 @@ class Asker:
     ) -> Asked: # one row each of code and embedding
         "Make sense of `query`, whatever it is."
         if isinstance(query, str) and query in self.rows: return self.ask_id(query, source)
+        plain = unicodedata.normalize('NFC', query) if isinstance(query, str) else None
+        if plain in self.rows: return self.ask_id(plain, source)
         if isinstance(query, (str, Path)): return self.ask_file(query, source, file)
         if not isinstance(query, Mapping): return self.ask_array(query, source)
         if source in self.method.joint: return self.ask_fused(query, source, str(query.get('id', 'sample')))
@@ -150,7 +153,7 @@ def ask_file(self:Asker,
     file:Mapping|None=None, # how it is read: bands=, scale=, offset=, nodata=, fit=
 ) -> Asked: # encoded
     "An image file, a folder with one file per band, or an array in a file."
-    path, file, sensors, errors = Path(path), file or {}, self.method.sensors, []
+    path, file, sensors, errors = Path(path).expanduser(), file or {}, self.method.sensors, []
     if not path.exists(): raise _unknown_query(path, self.rows)
     if path.suffix.lower() == '.npy': return self.ask_array(_array_of(path), source, path.name)
     legal = (None, *self.method.modalities)

@@ -57,6 +57,9 @@ class Composite:
 COMPOSITES = {
     ('R', 'G', 'B', 'byte'): Composite('RGB', 0., 255.),
     ('B04', 'B03', 'B02', 'DN'): Composite(('B04', 'B03', 'B02'), 0., 2750.),
+    **{(*three, 'DN'): Composite(three, 0., 2750.) for three in (
+        ('SR_B4', 'SR_B3', 'SR_B2'), ('L1_B4', 'L1_B3', 'L1_B2'), ('TM_SR_B3', 'TM_SR_B2', 'TM_SR_B1'),
+        ('red', 'green', 'blue'))},
     ('VV', 'VH', 'dB'): Composite(('VV', 'VH', 'VV-VH'), (-23., -29., -5.), (-1., -7., 20.)),
 }
 
