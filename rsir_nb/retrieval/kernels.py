@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from ..machine import cpu_paths
 from .blocks import BLOCK
-from .paths import (GROUP, LONGEST, PLANES, WIDE, make_nearer, make_target, make_unpack, to_asked)
+from .paths import (GROUP, LONGEST, PLANES, WIDE, make_answer, make_target, make_unpack, to_asked)
 
 # %% ../../nbs/40c_retrieval.kernels.ipynb #ecf2185b
 LANES, FEW, MANY = 8, 2, 6
@@ -114,7 +114,7 @@ def worth_guessing(
     "Whether a scan should begin with a guess."
     return 4*k < n and k*k*np.log2(n/k) > 2*n
 
-# %% ../../nbs/40c_retrieval.kernels.ipynb #cbb6c27e
+# %% ../../nbs/40c_retrieval.kernels.ipynb #990094bd
 @lru_cache
 def _make_turn(n_words, path):
     "(words, first code, last code, planes): the codes of a piece in the order of their bytes."
@@ -136,12 +136,19 @@ def _cut(n_words, path, by_byte):
     n_bytes = PLANES[path]*n_words
     return max(WIDE, (1 << 14)//n_bytes//WIDE*WIDE), WIDE, n_bytes
 
-# %% ../../nbs/40c_retrieval.kernels.ipynb #e0c11b58
+# %% ../../nbs/40c_retrieval.kernels.ipynb #824d51ea
 def _with_asked(compiled, path, by_byte):
     def call(words, first, last, queries, *args):
         return compiled(words, first, last, queries, to_asked(queries, path, by_byte), *args)
     call.compiled = compiled
     return call
+
+@_inner
+def _answered(masks, n):
+    "Which of the groups of a piece have an answer, a bit each."
+    some = np.uint64(0)
+    for i in range(n): some |= np.uint64(masks[i] != 0) << np.uint64(i)
+    return some
 
 @_inner
 def _kept(found, p, last, allowed):
@@ -159,7 +166,7 @@ def make_scan(
 ) -> Callable: # see the arguments of `scan`; fills dists and positions, and returns how many each query found
     "The compiled search for the k nearest, for codes of `n_words` words."
     distance, guess, target = _make_distance(n_words, path), _make_guess(n_words, path), make_target(path)
-    nearer, turn = make_nearer(n_words, path, by_byte), _make_turn(n_words, path) if by_byte else None
+    answer, turn = make_answer(n_words, path, by_byte), _make_turn(n_words, path) if by_byte else None
     piece, step, n_bytes = _cut(n_words, path, by_byte)
 
     @_jit
@@ -171,30 +178,34 @@ def make_scan(
         dists = np.empty((n_queries, spare), dtype=np.int32)
         at = np.empty((n_queries, spare), dtype=np.int64)
         held, bound = np.zeros(n_queries, dtype=np.int64), np.full(n_queries, top + 1, dtype=np.int64)
-        planes, masks = np.empty(piece*n_bytes, dtype=np.uint8), np.empty(2, dtype=np.uint64)
+        planes, masks = np.empty(piece*n_bytes, dtype=np.uint8), np.empty(piece//GROUP, dtype=np.uint64)
+        begin, size = first, step
         if guessing:
             for j in range(n_queries): bound[j] = guess(words, first, last, queries, j, k, counts)
-        for begin in range(first, last, piece):
-            stop = min(begin + piece, last)
+        while begin < last:
+            stop = min(begin + size, last)
             if by_byte: turn(words, begin, stop, planes)
             for j in range(n_queries):
                 h, limit = held[j], bound[j]
                 for p in range(begin, stop, step):
                     start = (p - begin)*n_bytes if by_byte else p//BLOCK*BLOCK*n_words + p%BLOCK
-                    found = nearer(words, start, planes, asked, j, np.uint64(limit), masks)
-                    if found == 0: continue
-                    for g in range(p, p + step, GROUP):
-                        if by_byte: found = masks[(g - p)//GROUP]
-                        start = g//BLOCK*BLOCK*n_words + g%BLOCK
-                        found = _kept(found, g, last, allowed)
-                        n = np.int64(count_ones(found))
-                        for m in range(max(n, FEW)):
-                            i = np.int64(lowest_bit(found)) & (GROUP - 1)
-                            found &= found - np.uint64(1)
-                            dists[j, h + m], at[j, h + m] = distance(words, start + i, queries, j), g + i
-                        h += n
-                        if h >= room: h, limit = k, _thin(h, k, counts, dists[j], at[j])
+                    answer(words, start, planes, asked, j, np.uint64(limit), masks, (p - begin)//GROUP)
+                some = _answered(masks, (stop - begin + GROUP - 1)//GROUP)
+                while some:
+                    i = np.int64(lowest_bit(some))
+                    some &= some - np.uint64(1)
+                    p = begin + i*GROUP
+                    start = p//BLOCK*BLOCK*n_words + p%BLOCK
+                    found = _kept(masks[i], p, last, allowed)
+                    n = np.int64(count_ones(found))
+                    for m in range(max(n, FEW)):
+                        i = np.int64(lowest_bit(found)) & (GROUP - 1)
+                        found &= found - np.uint64(1)
+                        dists[j, h + m], at[j, h + m] = distance(words, start + i, queries, j), p + i
+                    h += n
+                    if h >= room: h, limit = k, _thin(h, k, counts, dists[j], at[j])
                 held[j], bound[j] = h, limit
+            begin, size = stop, min(2*size, piece)
         for j in range(n_queries):
             _put_in_order(held[j], counts, dists[j], at[j], out_dists[j], out_at[j])
         return held
@@ -208,30 +219,32 @@ def make_within(
     by_byte:bool=False, # whether to put the codes into the order of their bytes
 ) -> Callable: # see the arguments of `within`; fills query, dists, positions; returns how many there are
     "The compiled range search, for codes of `n_words` words; it fills what room there is, which may be none."
-    nearer, turn = make_nearer(n_words, path, by_byte), _make_turn(n_words, path) if by_byte else None
+    answer, turn = make_answer(n_words, path, by_byte), _make_turn(n_words, path) if by_byte else None
     distance, target, (piece, step, n_bytes) = _make_distance(n_words, path), make_target(path), _cut(n_words, path, by_byte)
 
     @_jit
     def within(words, first, last, queries, asked, bound, allowed, query, dists, at):
         target()
-        n, planes, masks = 0, np.empty(piece*n_bytes, dtype=np.uint8), np.empty(2, dtype=np.uint64)
+        n, planes, masks = 0, np.empty(piece*n_bytes, dtype=np.uint8), np.empty(piece//GROUP, dtype=np.uint64)
         for begin in range(first, last, piece):
             stop = min(begin + piece, last)
             if by_byte: turn(words, begin, stop, planes)
             for j in range(len(queries)):
                 for p in range(begin, stop, step):
                     start = (p - begin)*n_bytes if by_byte else p//BLOCK*BLOCK*n_words + p%BLOCK
-                    found = nearer(words, start, planes, asked, j, np.uint64(bound), masks)
-                    if found == 0: continue
-                    for g in range(p, p + step, GROUP):
-                        if by_byte: found = masks[(g - p)//GROUP]
-                        start = g//BLOCK*BLOCK*n_words + g%BLOCK
-                        found = _kept(found, g, last, allowed)
-                        if not len(query): n += np.int64(count_ones(found))
-                        while len(query) and found != 0:
-                            i = np.int64(lowest_bit(found))
-                            found &= found - np.uint64(1)
-                            query[n], dists[n], at[n] = j, distance(words, start + i, queries, j), g + i
-                            n += 1
+                    answer(words, start, planes, asked, j, np.uint64(bound), masks, (p - begin)//GROUP)
+                some = _answered(masks, (stop - begin + GROUP - 1)//GROUP)
+                while some:
+                    i = np.int64(lowest_bit(some))
+                    some &= some - np.uint64(1)
+                    p = begin + i*GROUP
+                    start = p//BLOCK*BLOCK*n_words + p%BLOCK
+                    found = _kept(masks[i], p, last, allowed)
+                    if not len(query): n += np.int64(count_ones(found))
+                    while len(query) and found != 0:
+                        i = np.int64(lowest_bit(found))
+                        found &= found - np.uint64(1)
+                        query[n], dists[n], at[n] = j, distance(words, start + i, queries, j), p + i
+                        n += 1
         return n
     return _with_asked(within, path, by_byte)
