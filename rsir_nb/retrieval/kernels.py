@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from ..machine import cpu_paths
 from .blocks import BLOCK
-from .paths import (GROUP, LONGEST, PLANES, WIDE, make_answer, make_target, make_unpack, to_asked)
+from .paths import (GROUP, LONGEST, PLANES, SECOND, make_answer, make_target, make_unpack, to_asked)
 
 # %% ../../nbs/40c_retrieval.kernels.ipynb #ecf2185b
 LANES, FEW, MANY = 8, 2, 6
@@ -114,7 +114,7 @@ def worth_guessing(
     "Whether a scan should begin with a guess."
     return 4*k < n and k*k*np.log2(n/k) > 2*n
 
-# %% ../../nbs/40c_retrieval.kernels.ipynb #990094bd
+# %% ../../nbs/40c_retrieval.kernels.ipynb #10d128b1
 @lru_cache
 def _make_turn(n_words, path):
     "(words, first code, last code, planes): the codes of a piece in the order of their bytes."
@@ -123,32 +123,25 @@ def _make_turn(n_words, path):
     @_inner
     def turn(words, begin, stop, planes):
         target()
-        for p in range(begin, stop, WIDE):
+        for p in range(begin, stop, GROUP):
             start = p//BLOCK*BLOCK*n_words + p%BLOCK
             for w in range(n_words):
-                at = ((p - begin)//WIDE*n_words + w)*n_planes*WIDE
-                for i in range(0, WIDE, 16): unpack(words, start + w*BLOCK + i, planes, at + i)
+                at = ((p - begin)*n_words + w*GROUP)*n_planes
+                for i in range(0, GROUP, 16): unpack(words, start + w*BLOCK + i, planes, at + i)
     return turn
 
 def _cut(n_words, path, by_byte):
-    "(codes of a piece, codes that are compared at once, bytes of the planes of a code)."
-    if not by_byte: return max(GROUP, BLOCK//(2*n_words)//GROUP*GROUP), GROUP, 0
-    n_bytes = PLANES[path]*n_words
-    return max(WIDE, (1 << 14)//n_bytes//WIDE*WIDE), WIDE, n_bytes
+    "(codes of a piece, queries that are compared at once, bytes of the planes of a code)."
+    n_bytes = PLANES[path]*n_words if by_byte else 0
+    size = (1 << 14)//n_bytes if by_byte else BLOCK//(2*n_words)
+    return max(GROUP, size//GROUP*GROUP), 2 if by_byte else 1, n_bytes
 
-# %% ../../nbs/40c_retrieval.kernels.ipynb #824d51ea
+# %% ../../nbs/40c_retrieval.kernels.ipynb #0327e70d
 def _with_asked(compiled, path, by_byte):
     def call(words, first, last, queries, *args):
         return compiled(words, first, last, queries, to_asked(queries, path, by_byte), *args)
     call.compiled = compiled
     return call
-
-@_inner
-def _answered(masks, n):
-    "Which of the groups of a piece have an answer, a bit each."
-    some = np.uint64(0)
-    for i in range(n): some |= np.uint64(masks[i] != 0) << np.uint64(i)
-    return some
 
 @_inner
 def _kept(found, p, last, allowed):
@@ -167,7 +160,7 @@ def make_scan(
     "The compiled search for the k nearest, for codes of `n_words` words."
     distance, guess, target = _make_distance(n_words, path), _make_guess(n_words, path), make_target(path)
     answer, turn = make_answer(n_words, path, by_byte), _make_turn(n_words, path) if by_byte else None
-    piece, step, n_bytes = _cut(n_words, path, by_byte)
+    piece, together, n_bytes = _cut(n_words, path, by_byte)
 
     @_jit
     def scan(words, first, last, queries, asked, top, k, guessing, allowed, out_dists, out_at):
@@ -177,34 +170,33 @@ def make_scan(
         counts = np.zeros(top + 2, dtype=np.int64)
         dists = np.empty((n_queries, spare), dtype=np.int32)
         at = np.empty((n_queries, spare), dtype=np.int64)
-        held, bound = np.zeros(n_queries, dtype=np.int64), np.full(n_queries, top + 1, dtype=np.int64)
-        planes, masks = np.empty(piece*n_bytes, dtype=np.uint8), np.empty(piece//GROUP, dtype=np.uint64)
-        begin, size = first, step
+        held, bound = np.zeros(n_queries, dtype=np.int64), np.full(n_queries + 1, top + 1, dtype=np.int64)
+        planes, masks = np.empty(piece*n_bytes, dtype=np.uint8), np.empty(2*SECOND, dtype=np.uint64)
+        begin, size, bound[n_queries] = first, min(2*GROUP, piece), 0
         if guessing:
             for j in range(n_queries): bound[j] = guess(words, first, last, queries, j, k, counts)
         while begin < last:
             stop = min(begin + size, last)
             if by_byte: turn(words, begin, stop, planes)
-            for j in range(n_queries):
-                h, limit = held[j], bound[j]
-                for p in range(begin, stop, step):
+            for j in range(0, n_queries, together):
+                some, near, near_2 = np.uint64(0), np.uint64(bound[j]), np.uint64(bound[j + 1])
+                for p in range(begin, stop, GROUP):
                     start = (p - begin)*n_bytes if by_byte else p//BLOCK*BLOCK*n_words + p%BLOCK
-                    answer(words, start, planes, asked, j, np.uint64(limit), masks, (p - begin)//GROUP)
-                some = _answered(masks, (stop - begin + GROUP - 1)//GROUP)
+                    some |= answer(words, start, planes, asked, j//together, near, near_2, masks, (p - begin)//GROUP)
                 while some:
                     i = np.int64(lowest_bit(some))
                     some &= some - np.uint64(1)
-                    p = begin + i*GROUP
-                    start = p//BLOCK*BLOCK*n_words + p%BLOCK
+                    p, q = begin + i%SECOND*GROUP, j + i//SECOND
+                    start, h = p//BLOCK*BLOCK*n_words + p%BLOCK, held[q]
                     found = _kept(masks[i], p, last, allowed)
                     n = np.int64(count_ones(found))
                     for m in range(max(n, FEW)):
                         i = np.int64(lowest_bit(found)) & (GROUP - 1)
                         found &= found - np.uint64(1)
-                        dists[j, h + m], at[j, h + m] = distance(words, start + i, queries, j), p + i
+                        dists[q, h + m], at[q, h + m] = distance(words, start + i, queries, q), p + i
                     h += n
-                    if h >= room: h, limit = k, _thin(h, k, counts, dists[j], at[j])
-                held[j], bound[j] = h, limit
+                    if h >= room: h, bound[q] = k, _thin(h, k, counts, dists[q], at[q])
+                    held[q] = h
             begin, size = stop, min(2*size, piece)
         for j in range(n_queries):
             _put_in_order(held[j], counts, dists[j], at[j], out_dists[j], out_at[j])
@@ -220,31 +212,31 @@ def make_within(
 ) -> Callable: # see the arguments of `within`; fills query, dists, positions; returns how many there are
     "The compiled range search, for codes of `n_words` words; it fills what room there is, which may be none."
     answer, turn = make_answer(n_words, path, by_byte), _make_turn(n_words, path) if by_byte else None
-    distance, target, (piece, step, n_bytes) = _make_distance(n_words, path), make_target(path), _cut(n_words, path, by_byte)
+    distance, target, (piece, together, n_bytes) = _make_distance(n_words, path), make_target(path), _cut(n_words, path, by_byte)
 
     @_jit
     def within(words, first, last, queries, asked, bound, allowed, query, dists, at):
         target()
-        n, planes, masks = 0, np.empty(piece*n_bytes, dtype=np.uint8), np.empty(piece//GROUP, dtype=np.uint64)
+        n, planes, masks = 0, np.empty(piece*n_bytes, dtype=np.uint8), np.empty(2*SECOND, dtype=np.uint64)
+        near = np.uint64(bound)
         for begin in range(first, last, piece):
             stop = min(begin + piece, last)
             if by_byte: turn(words, begin, stop, planes)
-            for j in range(len(queries)):
-                for p in range(begin, stop, step):
+            for j in range(0, len(queries), together):
+                some, near_2 = np.uint64(0), np.uint64(bound if j + 1 < len(queries) else 0)
+                for p in range(begin, stop, GROUP):
                     start = (p - begin)*n_bytes if by_byte else p//BLOCK*BLOCK*n_words + p%BLOCK
-                    answer(words, start, planes, asked, j, np.uint64(bound), masks, (p - begin)//GROUP)
-                some = _answered(masks, (stop - begin + GROUP - 1)//GROUP)
+                    some |= answer(words, start, planes, asked, j//together, near, near_2, masks, (p - begin)//GROUP)
                 while some:
                     i = np.int64(lowest_bit(some))
                     some &= some - np.uint64(1)
-                    p = begin + i*GROUP
-                    start = p//BLOCK*BLOCK*n_words + p%BLOCK
-                    found = _kept(masks[i], p, last, allowed)
+                    p, q = begin + i%SECOND*GROUP, j + i//SECOND
+                    start, found = p//BLOCK*BLOCK*n_words + p%BLOCK, _kept(masks[i], p, last, allowed)
                     if not len(query): n += np.int64(count_ones(found))
                     while len(query) and found != 0:
                         i = np.int64(lowest_bit(found))
                         found &= found - np.uint64(1)
-                        query[n], dists[n], at[n] = j, distance(words, start + i, queries, j), p + i
+                        query[n], dists[n], at[n] = q, distance(words, start + i, queries, q), p + i
                         n += 1
         return n
     return _with_asked(within, path, by_byte)
