@@ -31,9 +31,9 @@ _spent = {} # words of a code -> seconds that the plain scans of this process ha
 def _check_scan(scan):
     if scan not in SCANS: raise unknown_name('scan', scan, SCANS)
     if scan in CPU_PATHS and scan not in cpu_paths():
-        raise InputError(f"this processor cannot run the scan {scan!r}", found=', '.join(cpu_features()) or 'none of these',
-                         wanted=', '.join(CPU_PATHS[scan]), remedy=f"use one of {', '.join(cpu_paths())}, or 'auto'")
-
+        found, wanted = (', '.join(o) or 'none' for o in (cpu_features(), CPU_PATHS[scan]))
+        raise InputError(f"this processor cannot run the scan {scan!r}", found=found, wanted=wanted,
+                         remedy=f"use {', '.join(cpu_paths())} or 'auto'")
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #f9535b21
 @INDEXES.register('hamming', exact=True)
@@ -44,7 +44,7 @@ class HammingIndex(LocalIndex):
     def __init__(self,
         n_bits:int=128, # length of a code, a multiple of 8
         threads:int|None=None, # threads of a search; by default all cores, or what OMP_NUM_THREADS says
-        scan:Literal['auto', 'compiled', 'numpy', *CPU_PATHS]='auto', # 'auto' compiles where it pays; a loop's name
+        scan:Literal['auto', 'compiled', 'numpy', 'avx512', 'avx2', 'neon', 'portable']='auto', # see above
     ):
         _check_scan(scan)
         if isinstance(n_bits, bool) or not isinstance(n_bits, (int, np.integer)) or n_bits < 8 or n_bits % 8:

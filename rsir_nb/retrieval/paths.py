@@ -6,11 +6,10 @@
 __all__ = ['GROUP', 'LONGEST', 'PLANES', 'SECOND', 'emit_direct', 'emit_unpack', 'to_asked', 'emit_by_byte', 'make_answer',
            'make_unpack', 'make_target']
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #a70c4f85
+# %% ../../nbs/40ba_retrieval.paths.ipynb #f7bc9593
 from functools import lru_cache
 from typing import Callable
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -19,13 +18,14 @@ from numba.extending import intrinsic
 from ..machine import cpu_paths
 from .blocks import BLOCK
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #dd7a9c22
+# %% ../../nbs/40ba_retrieval.paths.ipynb #47069d36
 GROUP, LONGEST = 64, 8
 _u8, _u16, _i32, _u64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 
 def _vector(kind, lanes): return ir.VectorType(kind, lanes)
 def _number(n): return ir.Constant(_u64, n)
-def _pick(builder, a, b, lanes): return builder.shuffle_vector(a, b, ir.Constant(_vector(_i32, len(lanes)), lanes))
+def _pick(builder, a, b, lanes):
+    return builder.shuffle_vector(a, b, ir.Constant(_vector(_i32, len(lanes)), lanes))
 
 def _everywhere(builder, value, lanes):
     "A vector with `value` in each of its lanes."
@@ -42,14 +42,15 @@ def _load(builder, base, at, kind, align):
 
 def _count_bytes(builder, x, lanes):
     "Ones in each byte of a vector."
-    return _call(builder, f'llvm.ctpop.v{lanes}i8', _vector(_u8, lanes), builder.bitcast(x, _vector(_u8, lanes)))
+    kind = _vector(_u8, lanes)
+    return _call(builder, f'llvm.ctpop.v{lanes}i8', kind, builder.bitcast(x, kind))
 
 def _sum(builder, terms):
     total = terms[0]
     for o in terms[1:]: total = builder.add(total, o)
     return total
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #65c887b3
+# %% ../../nbs/40ba_retrieval.paths.ipynb #364af35e
 _ROOM = 31 # words, or bytes, whose ones can be counted in a byte
 
 def _word_sums(builder, n_words, fetch, g):
@@ -96,7 +97,8 @@ def emit_direct(
     found = _number(0)
     def fetch(w, g, lanes):
         at = builder.add(start, _number(w*BLOCK + g))
-        return builder.xor(_load(builder, words, at, _vector(_u64, lanes), 8), _everywhere(builder, asked[w], lanes))
+        some = _load(builder, words, at, _vector(_u64, lanes), 8)
+        return builder.xor(some, _everywhere(builder, asked[w], lanes))
     for g in range(0, GROUP, step):
         dist = sums(builder, n_words, fetch, g)
         limit = _everywhere(builder, builder.trunc(bound, _u16) if path == 'neon' else bound, step)
@@ -104,7 +106,7 @@ def emit_direct(
         found = builder.or_(found, builder.shl(builder.zext(near, _u64), _number(g)))
     return found
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #89b70565
+# %% ../../nbs/40ba_retrieval.paths.ipynb #150ccc61
 PLANES = dict(avx2=16, neon=8) # planes of a word, for paths that compare by byte
 
 def emit_unpack(
@@ -127,14 +129,14 @@ def emit_unpack(
         place = builder.gep(planes, [builder.add(at, _number(i*GROUP))])
         builder.store(o, builder.bitcast(place, kind.as_pointer()), align=1)
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #e21d5e7d
+# %% ../../nbs/40ba_retrieval.paths.ipynb #1c9c2d8e
 _NIBBLES = np.bitwise_count(np.arange(16, dtype=np.uint8)[:, None] ^ np.arange(16, dtype=np.uint8))
 
 def to_asked(
     queries:np.ndarray, # words, uint64 (Q,W)
     path:str, # whose instructions
     by_byte:bool, # whether the codes are compared by byte
-) -> np.ndarray: # the words, or uint8 by pairs of queries: (P,16*W,16) tables for AVX2, (P,8*W,2) bytes for NEON
+) -> np.ndarray: # the words, or uint8 by pairs: (P,16*W,16) tables for AVX2, (P,8*W,2) bytes for NEON
     "Queries as the loops want them."
     if not by_byte: return queries
     codes = np.zeros((-(-len(queries)//2)*2, 8*queries.shape[1]), np.uint8)
@@ -143,7 +145,7 @@ def to_asked(
     tables = _NIBBLES[np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1)]
     return tables[::2] + (tables[1::2] << 4)
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #c28c00f2
+# %% ../../nbs/40ba_retrieval.paths.ipynb #3d9855ea
 def _added(builder, totals, new):
     return new if totals is None else [builder.add(a, b) for a, b in zip(totals, new, strict=True)]
 
@@ -167,13 +169,15 @@ def _counted(builder, fetch, asked, planes):
     "Ones of some planes by NEON: those of the first query, then those of the second."
     totals = None
     for p in planes:
-        bytes_ = [_everywhere(builder, builder.load(builder.gep(asked, [_number(2*p + i)])), 16) for i in (0, 1)]
+        places = [builder.gep(asked, [_number(2*p + i)]) for i in (0, 1)]
+        bytes_ = [_everywhere(builder, builder.load(o), 16) for o in places]
         totals = _added(builder, totals, [_count_bytes(builder, builder.xor(fetch(p, g, 16), byte), 16)
                                           for byte in bytes_ for g in range(0, GROUP, 16)])
     return totals
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #6fc1843f
-_BY_BYTE = dict(avx2=(_looked_up, 32, 16, 60), neon=(_counted, 16, 2, _ROOM)) # lanes, bytes of a pair's plane, planes
+# %% ../../nbs/40ba_retrieval.paths.ipynb #128af0d3
+# lanes of a vector, bytes of a pair for a plane, planes whose counts fit in a byte
+_BY_BYTE = dict(avx2=(_looked_up, 32, 16, 60), neon=(_counted, 16, 2, _ROOM))
 
 def emit_by_byte(
     builder:ir.IRBuilder, # where to
@@ -202,7 +206,7 @@ def emit_by_byte(
         answers.append(found)
     return answers
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #5edc01b7
+# %% ../../nbs/40ba_retrieval.paths.ipynb #2d3f0270
 SECOND = 32
 
 def _data(context, builder, signature, args, i):
@@ -213,7 +217,7 @@ def make_answer(
     n_words:int, # words of a code
     path:str, # whose instructions
     by_byte:bool, # whether planes are compared
-) -> Callable: # (words, start in words or planes, planes, asked, query or pair, its bounds, masks, place in masks)
+) -> Callable: # (words, start, planes, asked, query or pair, bound, bound of the second, masks, place)
     "Write a bit for each code that is nearer; returns a bit for each word in `masks` that is not zero."
     def build(context, builder, signature, args):
         words, planes, asked, masks = (_data(context, builder, signature, args, i) for i in (0, 2, 3, 7))
@@ -251,7 +255,7 @@ def make_unpack(
         return types.none(words, types.intp, planes, types.intp), build
     return unpack
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #5d20e7c9
+# %% ../../nbs/40ba_retrieval.paths.ipynb #0009f100
 _TARGETS = dict(avx2=('x86-64', '+avx2,+popcnt,+bmi'), portable=('x86-64', '+sse2'))
 
 @lru_cache
