@@ -39,7 +39,7 @@ def bar_is_off(
     "Whether to show no progress bar: the caller wants none, or `TQDM_DISABLE` is set to anything but 0."
     return not progress or os.environ.get('TQDM_DISABLE', '0') not in ('', '0')
 
-# %% ../nbs/00b_machine.ipynb #ba9ac1f3
+# %% ../nbs/00b_machine.ipynb #162de13a
 CPU_PATHS = dict(avx512=('avx512f', 'avx512vpopcntdq'), avx2=('avx2', 'popcnt', 'bmi'),
                  neon=('neon',), portable=())
 

@@ -114,7 +114,7 @@ def worth_guessing(
     "Whether a scan should begin with a guess."
     return 4*k < n and k*k*np.log2(n/k) > 2*n
 
-# %% ../../nbs/40c_retrieval.kernels.ipynb #f998820c
+# %% ../../nbs/40c_retrieval.kernels.ipynb #6b1406ad
 @lru_cache
 def _make_turn(n_words, path):
     "(words, first code, last code, planes): the codes of a piece in the order of their bytes."
@@ -136,7 +136,7 @@ def _cut(n_words, path, by_byte):
     size = (1 << 13)//n_bytes if by_byte else BLOCK//(2*n_words)
     return max(GROUP, size//GROUP*GROUP), 2 if by_byte else 1, n_bytes
 
-# %% ../../nbs/40c_retrieval.kernels.ipynb #06704f6b
+# %% ../../nbs/40c_retrieval.kernels.ipynb #7512c404
 def _with_asked(compiled, path, by_byte):
     def call(words, first, last, queries, *args):
         return compiled(words, first, last, queries, to_asked(queries, path, by_byte), *args)

@@ -6,7 +6,7 @@
 __all__ = ['GROUP', 'LONGEST', 'PLANES', 'SECOND', 'emit_direct', 'emit_unpack', 'to_asked', 'emit_by_byte', 'make_answer',
            'make_unpack', 'make_target']
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #f7bc9593
+# %% ../../nbs/40ba_retrieval.paths.ipynb #d9688af0
 from functools import lru_cache
 from typing import Callable
 
@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from ..machine import cpu_paths
 from .blocks import BLOCK
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #47069d36
+# %% ../../nbs/40ba_retrieval.paths.ipynb #f5099d8a
 GROUP, LONGEST = 64, 8
 _u8, _u16, _i32, _u64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 
@@ -50,7 +50,7 @@ def _sum(builder, terms):
     for o in terms[1:]: total = builder.add(total, o)
     return total
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #364af35e
+# %% ../../nbs/40ba_retrieval.paths.ipynb #26e9c606
 _ROOM = 31 # words, or bytes, whose ones can be counted in a byte
 
 def _word_sums(builder, n_words, fetch, g):
@@ -106,7 +106,7 @@ def emit_direct(
         found = builder.or_(found, builder.shl(builder.zext(near, _u64), _number(g)))
     return found
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #150ccc61
+# %% ../../nbs/40ba_retrieval.paths.ipynb #475526be
 PLANES = dict(avx2=16, neon=8) # planes of a word, for paths that compare by byte
 
 def emit_unpack(
@@ -129,7 +129,7 @@ def emit_unpack(
         place = builder.gep(planes, [builder.add(at, _number(i*GROUP))])
         builder.store(o, builder.bitcast(place, kind.as_pointer()), align=1)
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #1c9c2d8e
+# %% ../../nbs/40ba_retrieval.paths.ipynb #f08dbc5e
 _NIBBLES = np.bitwise_count(np.arange(16, dtype=np.uint8)[:, None] ^ np.arange(16, dtype=np.uint8))
 
 def to_asked(
@@ -145,7 +145,7 @@ def to_asked(
     tables = _NIBBLES[np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1)]
     return tables[::2] + (tables[1::2] << 4)
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #3d9855ea
+# %% ../../nbs/40ba_retrieval.paths.ipynb #76847927
 def _added(builder, totals, new):
     return new if totals is None else [builder.add(a, b) for a, b in zip(totals, new, strict=True)]
 
@@ -175,7 +175,7 @@ def _counted(builder, fetch, asked, planes):
                                           for byte in bytes_ for g in range(0, GROUP, 16)])
     return totals
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #128af0d3
+# %% ../../nbs/40ba_retrieval.paths.ipynb #ffe85f21
 # lanes of a vector, bytes of a pair for a plane, planes whose counts fit in a byte
 _BY_BYTE = dict(avx2=(_looked_up, 32, 16, 60), neon=(_counted, 16, 2, _ROOM))
 
@@ -206,7 +206,7 @@ def emit_by_byte(
         answers.append(found)
     return answers
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #2d3f0270
+# %% ../../nbs/40ba_retrieval.paths.ipynb #0f540376
 SECOND = 32
 
 def _data(context, builder, signature, args, i):
@@ -255,7 +255,7 @@ def make_unpack(
         return types.none(words, types.intp, planes, types.intp), build
     return unpack
 
-# %% ../../nbs/40ba_retrieval.paths.ipynb #0009f100
+# %% ../../nbs/40ba_retrieval.paths.ipynb #4422caf6
 _TARGETS = dict(avx2=('x86-64', '+avx2,+popcnt,+bmi'), portable=('x86-64', '+sse2'))
 
 @lru_cache
