@@ -7,7 +7,7 @@ __all__ = ['CPU_PATHS', 'declare_torchvision_ops', 'keep_freed_memory', 'bar_is_
 
 # %% ../nbs/00b_machine.ipynb #da004086
 import ctypes, importlib, importlib.util, os, platform, sys
-
+from functools import lru_cache
 
 # %% ../nbs/00b_machine.ipynb #b284e3ff
 def declare_torchvision_ops():
@@ -43,11 +43,15 @@ def bar_is_off(
 CPU_PATHS = dict(avx512=('avx512f', 'avx512vpopcntdq'), avx2=('avx2', 'popcnt', 'bmi'),
                  neon=('neon',), portable=())
 
+@lru_cache
+def _host_features():
+    from llvmlite.binding import get_host_cpu_features
+    return get_host_cpu_features()
+
 def cpu_features() -> tuple[str, ...]: # in the compiler's words
     "Features of this processor that decide which loops it can run."
     if platform.machine().lower() in ('aarch64', 'arm64'): return ('neon',)
-    from llvmlite.binding import get_host_cpu_features
-    found = get_host_cpu_features()
+    found = _host_features()
     return tuple(o for needed in CPU_PATHS.values() for o in needed if found.get(o))
 
 def cpu_paths() -> tuple[str, ...]: # names of loops, the fastest first
