@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # The torch the project was last tested with. Another: `make test TORCH="torch>=2.6"`.
 TORCH  ?= torch==2.13.0
+# Processes that run pages and tests at a time, with one thread each.
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 export WANDB_MODE ?= offline
 export MPLBACKEND ?= agg
@@ -24,10 +26,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check rsir_nb nbs tests benchmarks setup.py
 
 notebooks: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 
 pytest: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 # Execute one page and keep its outputs: make run PAGE=20_models.patches
 run: $(VENV)/.installed-dev

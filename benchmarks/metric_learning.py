@@ -8,14 +8,21 @@ images of the test are not looked at.
     python benchmarks/metric_learning.py --keep DIR                       # all methods, three seeds
     python benchmarks/metric_learning.py --methods margin --tune --set optim.lr=1e-3 --keep DIR
     python benchmarks/metric_learning.py --methods sndl --seeds 0 --bits 64 128 --keep DIR       # codes, too
+    python benchmarks/metric_learning.py --unseen --keep DIR \
+        --set method.backbone=shipped method.freeze=true trainer.augment=null   # on the network that ships
+
+`--unseen` takes the split of `adapt_weights.py` for every seed: the images that the network that ships has
+never seen are the test, those that it was adapted on are learned from.
 """
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from adapt_weights import SETTINGS, splits
 from rsir_nb.config import load_config, to_dict
 from rsir_nb.core import content_hash, make_rng, read_json
 from rsir_nb.data.folders import ClassFolders
@@ -43,6 +50,8 @@ def parse():
     parser.add_argument("--part", type=float, default=0.75, help="part of each class to learn from")
     parser.add_argument("--set", nargs="+", default=[], help="changes of the config, key=value")
     parser.add_argument("--tune", action="store_true", help="score on a fifth of the images to learn from")
+    parser.add_argument("--unseen", action="store_true",
+                        help="test on images that the shipped network has not seen")
     parser.add_argument("--bits", type=int, nargs="+", default=[], help="lengths of codes to score as well")
     parser.add_argument("--hash", nargs="+", default=["hash=heads"],
                         help="settings of the hash heads, key=value")
@@ -52,11 +61,15 @@ def parse():
 
 def split_store(args, seed):
     "The images in a store, split by class with `seed`; `tune` does not touch the images of the test."
-    path = args.keep/f"store_{args.size}_{seed}{'_tune'*args.tune}"
+    path = args.keep/f"store_{args.size}_{'unseen' if args.unseen else seed}{'_tune'*args.tune}"
     if (path/"data.mdb").exists(): return path
     archive = ClassFolders(args.root)
     split = np.full(len(archive), "unused" if args.tune else "test", object)
-    for c in np.unique(archive.targets):
+    if args.unseen:
+        test, val, known = splits(len(archive), SETTINGS)
+        split[:] = "unused"
+        split[(val if args.tune else test).numpy()], split[known.numpy()] = "test", "train"
+    for c in [] if args.unseen else np.unique(archive.targets):
         rows = make_rng(seed, "split", int(c)).permutation(np.flatnonzero(archive.targets == c))
         known = rows[:round(args.part*len(rows))]
         split[known] = "train"
@@ -68,7 +81,17 @@ def split_store(args, seed):
 
 def run_folder(name, seed, args):
     changed = "_".join(["", *args.set]).replace("/", "-")
-    return args.keep/f"{name}_{args.size}_{seed}{'_tune'*args.tune}{changed}"
+    return args.keep/f"{name}_{args.size}_{seed}{'_tune'*args.tune}{'_unseen'*args.unseen}{changed}"
+
+
+def train(cfg, home, features):
+    "Train; a frozen network's features are taken from an earlier run, and `encode` checks that they fit."
+    frozen = cfg.method.get("freeze") or cfg.method.name == "universal"
+    if frozen and features.is_dir():
+        shutil.copytree(features, home/"features", dirs_exist_ok=True)
+    run = pretrain(cfg, progress=False)
+    if (home/"features").is_dir() and not features.is_dir(): shutil.copytree(home/"features", features)
+    return run
 
 
 def run_one(name, seed, args):
@@ -79,7 +102,7 @@ def run_one(name, seed, args):
     changes = args.set if trained else [f"method={name}"]
     cfg = load_config(name if trained else "base",
                       ["data=store", f"data.path={store}", f"seed={seed}", f"out={home}", *changes])
-    run = pretrain(cfg, progress=False)
+    run = train(cfg, home, args.keep/f"features_{store.name}{'_universal'*(name == 'universal')}")
     method, test = load_method(run), build_archive(cfg.data).split("test")
     rows = np.array_split(np.arange(len(test)), 50)
     z = [method.embed(torch.stack([test[i]["rgb"] for i in block]), "rgb").numpy() for block in rows]

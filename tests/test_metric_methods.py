@@ -6,6 +6,7 @@ import torch
 from engine_run import run_python, tiny_config
 from scipy.optimize import linear_sum_assignment
 
+from rsir_nb.config import load_config
 from rsir_nb.core import METHODS, InputError, MissingFileError, UnknownNameError
 from rsir_nb.data.module import ArchiveData
 from rsir_nb.engine.parts import TrainerConfig, build_archive, build_method, load_method
@@ -414,3 +415,14 @@ def test_the_memory_of_two_sensors_is_their_mean(tmp_path):
     assert torch.allclose(method.loss["memory"].memory[batch["row"]], mean, atol=1e-6)
     with pytest.raises(InputError, match="nothing to validate"):
         build_method(config(tmp_path/"b", "sndl", "method.label_weight=0"), archive).eval().losses(batch)
+
+
+def test_a_pretrained_backbone_gets_the_images_that_its_weights_expect():
+    "Bands that no table knows: the weights' statistics; with `fit` those of the images."
+    setting = ["data=eurosat_sample", "trainer.train_split=null", "method.backbone=shipped", "method.freeze=true"]
+    for extra, wanted in ([], lambda x: (127., 128.)), (["method.norm=fit"], lambda x: (x.mean().item(), x.std(correction=0).item())):
+        cfg = load_config("margin", [*setting, *extra])
+        archive = build_archive(cfg.data)
+        seen = build_method(cfg, archive).arguments["norm"]["rgb"]
+        x = torch.stack([archive[i]["rgb"] for i in range(len(archive))]).double()
+        for i, band in enumerate("RGB"): assert seen[band] == pytest.approx(wanted(x[:, i]), rel=1e-4)

@@ -288,6 +288,7 @@ def test_what_the_caller_knows_reaches_those_that_ask(monkeypatch):
 @pytest.mark.parametrize("make,spec,error,word", [
     (make_miner, "semihard", UnknownNameError, "semi_hard"), (make_miner, dict(name="semi_hard", per_anchr=2), UnknownNameError, "per_anchor"),
     (make_miner, dict(name="semi_hard", per_anchor="two"), InputError, "wanted int"), (make_miner, {}, InputError, "is not named"),
-    (make_loss, "quantisation", InputError, "a function that its own method calls"), (make_loss, 3, InputError, "is not named")], ids=str)
+    (make_loss, "quantisation", InputError, "a function that its own method calls"), (make_loss, 3, InputError, "is not named")],
+    ids=lambda o: getattr(o, "__name__", str(o)))
 def test_wrong_specs_name_what_is_right(make, spec, error, word):
     with pytest.raises(error, match=word): make(spec)

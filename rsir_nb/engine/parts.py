@@ -150,14 +150,14 @@ def build_method(
                    optim=to_dict(cfg.optim), **_classes_for(legal, archive, cfg))
     arguments = {**{k: v for k, v in derived.items() if k in legal},
                  **{k: v for k, v in kwargs.items() if v is not None or k not in derived}}
-    fitted = _needs_fit(name, arguments, archive)
+    fitted, asked = _needs_fit(name, arguments, archive), arguments.get('norm') == 'fit'
     if fitted: arguments['norm'] = _no_norm(arguments.get('sensors', archive.sensors))
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         with _told(f"the method {name!r} cannot be built so", 'method'):
             method = METHODS.create(name, **arguments)
     _must_see(method, archive)
-    if fitted: _fit_norm(method, split_of(archive, trainer_config(cfg).train_split))
+    if fitted: _fit_norm(method, split_of(archive, trainer_config(cfg).train_split), asked)
     return method
 
 # %% ../../nbs/70_engine.parts.ipynb #e96e5822
@@ -193,17 +193,20 @@ def _needs_fit(name, arguments, archive):
     if given == 'fit': return True
     if given is None or given != legal['norm'].default: return False
     if knows_bands(given, arguments.get('sensors', archive.sensors)): return False
-    log.info("the table %r does not know all bands: method.norm=fit is used", given)
+    log.info("the table %r does not know all bands", given)
     return True
 
 def _no_norm(sensors):
     "Statistics that change nothing, in place of those that are computed later."
     return {m: dict.fromkeys(s.bands, (0., 1.)) for m, s in make_sensors(sensors).items()}
 
-def _fit_norm(method, train, n=2048):
-    "Means and standard deviations of the training split."
-    method.fit_norm(train, n)
-    log.info("means and standard deviations are those of %d training patches", min(n, len(train)))
+def _fit_norm(method, train, asked, n=2048):
+    "Statistics of the training split, or those that pretrained weights expect unless `fit` was asked for."
+    known = {} if asked else method.expected_norm()
+    method.fit_norm(train, n, known)
+    if known: log.info("%s: normalised as the pretrained weights expect", ', '.join(known))
+    if len(known) < len(method.sensors):
+        log.info("means and standard deviations are those of %d training patches", min(n, len(train)))
 
 # %% ../../nbs/70_engine.parts.ipynb #ee87de7d
 def monitored(

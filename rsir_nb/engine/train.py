@@ -194,7 +194,8 @@ def cache_features(
     progress:bool=True, # show a progress bar
 ) -> CachedArchive: # in memory
     "The features that a method's frozen parts make, computed once."
-    if o.views > 1 or o.augment not in (True, False): raise InputError("a frozen part sees each image once",
+    if o.views > 1 or o.augment not in (True, False, None): raise InputError(
+        "a frozen part sees each image once",
         found=f"trainer.views {o.views}, trainer.augment {o.augment}", remedy="trainer.cache=false")
     store = encode(FrozenPart(method), archive, path, max(o.batch_size, 64), o.num_workers, o.precision,
                    progress=progress, modalities=list(method.sensors))

@@ -183,11 +183,17 @@ def fused(self:Method,
 def fit_norm(self:Method,
     archive, # whose samples are looked at: anything with a length whose items are sample dicts
     n:int=256, # how many of them, evenly spread
+    known:Mapping[str, Mapping]|None=None, # modality -> {band: (mean, std)} that are set in place of those
 ) -> Method: # itself
     "Set each band's mean and standard deviation to those of `archive`."
-    self.inputs.fit(archive, n)
+    self.inputs.fit(archive, n, known)
     if 'norm' in legal_arguments(type(self)): self.arguments['norm'] = self.inputs.stats()
     return self
+
+@patch
+def expected_norm(self:Method) -> dict: # modality -> {band: (mean, std)}
+    "What pretrained weights expect; a method with such backbones says it, and then it stands before `fit`."
+    return {}
 
 # %% ../../nbs/50b_methods.base.ipynb #8f5ca9c6
 HEADS = Registry('hash head')

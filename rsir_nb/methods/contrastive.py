@@ -17,6 +17,7 @@ from ..core import METHODS, InputError, unknown_name
 from ..losses.contrastive import ntxent_loss, pairwise_mean
 from ..losses.metric import LabelLoss
 from .base import Method
+from .inputs import expected_stats
 from .fusion import FUSIONS, fuse_parts, fused_dim
 from .pair_encoders import make_pair_encoder
 from ..models.necks import make_neck
@@ -47,6 +48,10 @@ class PairMethod(Method):
         self.fusion, self.distance = fusion, _checked_distance(distance, self.projections[names[0]])
         self._set_joint(self.projections[names[0]].embed_dim)
         self.arguments['backbone'] = _without_weights(backbone)
+
+    def expected_norm(self) -> dict: # modality -> {band: (mean, std)}
+        "What the weights of encoders of one sensor each expect, where they say it."
+        return expected_stats(getattr(self.encoder, 'nets', {}), self.sensors)
 
     def _set_joint(self, D):
         "Widths of all embeddings, and the fusion where there are two sensors."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core import METHODS, InputError
 from ..losses.pairs import make_loss, make_miner
 from .base import Method
+from .inputs import expected_stats
 from ..models.backbones import make_backbone
 from ..models.necks import PartsNeck
 
@@ -54,6 +55,10 @@ class MetricMethod(Method):
         self.necks = nn.ModuleDict({m: neck(net) for m, net in self.backbones.items()})
         self.loss, self.embed_dim = nn.ModuleDict(), sum(self.sizes)
         self.arguments['load'] = False
+
+    def expected_norm(self) -> dict: # modality -> {band: (mean, std)}
+        "What the weights of the backbones expect, where they say it."
+        return expected_stats(self.backbones, self.sensors)
 
     def features(self, x:Tensor, modality:str) -> Tensor:
         "What the backbone makes of normalised images."
