@@ -130,7 +130,7 @@ def share_out(
     "How a search is cut into tasks."
     n_blocks = -(-n//BLOCK)
     pieces = 1 if n_queries >= 4*threads else max(1, min(threads, n_blocks//32))
-    step = max(1, min(64, largest, -(-n_queries*pieces//threads)))
+    step = max(1, min(128, largest, -(-n_queries*pieces//threads)))
     cuts = [min(n, n_blocks*i//pieces*BLOCK) for i in range(pieces + 1)]
     groups = [(q, min(q + step, n_queries)) for q in range(0, n_queries, step)]
     return groups, list(zip(cuts[:-1], cuts[1:], strict=True))

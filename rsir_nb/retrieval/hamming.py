@@ -13,6 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import INDEXES, InputError, lazy_import, unknown_name
+from ..machine import CPU_PATHS, cpu_features, cpu_paths
 from .blocks import (BLOCK, count_threads, get_words, plain_nearest, plain_within, put_words,
                                       run_tasks, share_out, to_words)
 from .codes import check_codes
@@ -23,10 +24,16 @@ from .local import LocalIndex, as_positions, grown
 kernels = lazy_import('rsir_nb.retrieval.kernels')
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #b21d625c
-SCANS = 'auto', 'compiled', 'numpy'
+SCANS = 'auto', 'compiled', 'numpy', *CPU_PATHS
 _COMPILE_S = 2.5 # seconds that compiling a scan takes
 _spent = {} # words of a code -> seconds that the plain scans of this process have taken, as estimated
 
+def _check_scan(scan):
+    if scan not in SCANS: raise unknown_name('scan', scan, SCANS)
+    if scan in CPU_PATHS and scan not in cpu_paths():
+        found, wanted = (', '.join(o) or 'none' for o in (cpu_features(), CPU_PATHS[scan]))
+        raise InputError(f"this processor cannot run the scan {scan!r}", found=found, wanted=wanted,
+                         remedy=f"use {', '.join(cpu_paths())} or 'auto'")
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #f9535b21
 @INDEXES.register('hamming', exact=True)
@@ -37,9 +44,9 @@ class HammingIndex(LocalIndex):
     def __init__(self,
         n_bits:int=128, # length of a code, a multiple of 8
         threads:int|None=None, # threads of a search; by default all cores, or what OMP_NUM_THREADS says
-        scan:Literal['auto', 'compiled', 'numpy']='auto', # 'auto' compiles where it pays
+        scan:Literal['auto', 'compiled', 'numpy', 'avx512', 'avx2', 'neon', 'portable']='auto', # see above
     ):
-        if scan not in SCANS: raise unknown_name('scan', scan, SCANS)
+        _check_scan(scan)
         if isinstance(n_bits, bool) or not isinstance(n_bits, (int, np.integer)) or n_bits < 8 or n_bits % 8:
             raise InputError("codes of this length cannot be indexed", found=f"n_bits={n_bits!r}",
                              wanted="a multiple of 8")
@@ -79,11 +86,22 @@ class HammingIndex(LocalIndex):
 @patch
 def _compiles(self:HammingIndex, n_queries):
     "Whether to use the compiled scan for the next search."
-    if self.scan != 'auto': return self.scan == 'compiled'
+    if self.scan != 'auto': return self.scan != 'numpy'
     n_words = self._blocks.shape[1]
     seconds = n_queries*(1e-4 + len(self)*(4 + 2*n_words)/1e9)
     _spent[n_words] = _spent.get(n_words, 0) + seconds
     return _spent[n_words] > _COMPILE_S
+
+@patch(as_prop=True)
+def path(self:HammingIndex) -> str: # of `cpu_paths`
+    "The loop that a compiled search uses."
+    return self.scan if self.scan in CPU_PATHS else cpu_paths()[0]
+
+@patch
+def _compiled(self:HammingIndex, make, n_queries):
+    "What `make` compiles for as many queries at once."
+    n_words = self._blocks.shape[1]
+    return make(n_words, self.path, kernels.goes_by_byte(n_words, self.path, n_queries))
 
 # %% ../../nbs/41_retrieval.hamming.ipynb #5b2f891e
 @patch
@@ -109,8 +127,8 @@ def _source(self:HammingIndex, rows):
 def _scanned(self:HammingIndex, xq, k, rows):
     words, n, allowed, origin = self._source(rows)
     threads = count_threads(self.threads)
-    scan = kernels.make_scan(self._blocks.shape[1])
     groups, pieces = share_out(len(xq), n, threads, (1 << 22)//(2*k + 64))
+    scan = self._compiled(kernels.make_scan, groups[0][1])
     def part(group, piece):
         lo, hi = piece
         size = min(k, int(np.bitwise_count(allowed[lo//64:-(-hi//64)]).sum()) if allowed.size else hi - lo)
@@ -137,8 +155,8 @@ def _scanned(self:HammingIndex, xq, k, rows):
 def _scanned_within(self:HammingIndex, xq, radius, rows):
     threads = count_threads(self.threads)
     words, n, allowed, origin = self._source(rows)
-    within = kernels.make_within(self._blocks.shape[1])
     groups, pieces = share_out(len(xq), n, threads, 64)
+    within = self._compiled(kernels.make_within, groups[0][1])
     bound = radius + 1
     def part(group, piece):
         args = words, *piece, xq[slice(*group)], bound, allowed
