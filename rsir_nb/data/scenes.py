@@ -143,8 +143,7 @@ def _cut(info, name, sensor, o):
         raise InputError(f"{info.path} gives no patch", wanted=f"{size}x{size} pixels with data",
                          found=f"{info.height}x{info.width} pixels, {len(corners)} windows, too little data",
                          remedy="choose a smaller img_size, partial='pad' or a larger max_nodata")
-    how = dict(info=info, channels=channels, scale=scale, offset=offset, nodata=nodata, size=size,
-               sensor=sensor)
+    how = dict(info=info, channels=channels, scale=scale, offset=offset, nodata=nodata, size=size, sensor=sensor)
     table = _patch_rows(info, name, corners[keep], missing[keep], size, sensor)
     _read_window(how, *corners[keep][len(table)//2], table['id'].iloc[len(table)//2])
     return table, how, [why, _unused(info, sensor)]

@@ -80,18 +80,20 @@ class UnfinishedStore:
         "Where a shard is kept."
         return self.folder/f'shard_{start:09d}.npz'
 
-    def missing(self,
-        n:int, # patches in all
-        shard_size:int, # patches in a shard
-    ) -> list[int]: # the first patch of each
-        "The shards that are not there, or that cannot be read."
-        return [i for i in range(0, n, shard_size) if self.load(i) is None]
-
     def open(self) -> CodeStore: # complete
         "Open the finished store; raises `InputError` if another job made it."
         store = CodeStore.open(self.path)
         _same_job(store.provenance.get('job', {}), self.job, self.path)
         return store
+
+# %% ../../nbs/40f_retrieval.unfinished.ipynb #c0ffee41
+@patch
+def missing(self:UnfinishedStore,
+    n:int, # patches in all
+    shard_size:int, # patches in a shard
+) -> list[int]: # the first patch of each
+    "The shards that are not there, or that cannot be read."
+    return [i for i in range(0, n, shard_size) if self.load(i) is None]
 
 # %% ../../nbs/40f_retrieval.unfinished.ipynb #5d3e6b68
 @patch
