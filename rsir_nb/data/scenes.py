@@ -132,8 +132,7 @@ def _cut(info, name, sensor, o):
     nodata = info.nodata if o['nodata'] is None else o['nodata']
     scale, offset, why = _scaling(info, channels, o['scale'], o['offset'], sensor, nodata)
     size, most = o['img_size'], memory_size()//20
-    if info.height*info.width > most:
-        raise InputError(f"{info.path} is too large to be cut on this machine",
+    if info.height*info.width > most: raise InputError(f"{info.path} is too large to be cut on this machine",
                          found=f"{info.height:,}x{info.width:,} pixels", wanted=f"at most {most:,} pixels",
                          remedy="cut it into files first: gdal_retile.py")
     corners = window_grid(info.height, info.width, size, o['stride'], o['partial'])
@@ -141,9 +140,10 @@ def _cut(info, name, sensor, o):
     keep = inside <= o['max_nodata']
     if not keep.any():
         raise InputError(f"{info.path} gives no patch", wanted=f"{size}x{size} pixels with data",
-                         found=f"{info.height}x{info.width} pixels, {len(corners)} windows, too little data",
-                         remedy="choose a smaller img_size, partial='pad' or a larger max_nodata")
-    how = dict(info=info, channels=channels, scale=scale, offset=offset, nodata=nodata, size=size, sensor=sensor)
+            found=f"{info.height}x{info.width} pixels, {len(corners)} windows, too little data",
+            remedy="a smaller img_size, partial='pad' or a larger max_nodata")
+    numbers = dict(scale=scale, offset=offset, nodata=nodata)
+    how = dict(info=info, channels=channels, size=size, sensor=sensor, **numbers)
     table = _patch_rows(info, name, corners[keep], missing[keep], size, sensor)
     _read_window(how, *corners[keep][len(table)//2], table['id'].iloc[len(table)//2])
     return table, how, [why, _unused(info, sensor)]
