@@ -86,7 +86,7 @@ def run_folder(name, seed, args):
 
 def train(cfg, home, features):
     "Train; a frozen network's features are taken from an earlier run, and `encode` checks that they fit."
-    frozen = cfg.method.get("freeze") or cfg.method.name == "universal"
+    frozen = cfg.method.get("freeze") or cfg.method.name == "universal"     # DiVA computes none: it needs images
     if frozen and features.is_dir():
         shutil.copytree(features, home/"features", dirs_exist_ok=True)
     run = pretrain(cfg, progress=False)
@@ -102,7 +102,7 @@ def run_one(name, seed, args):
     changes = args.set if trained else [f"method={name}"]
     cfg = load_config(name if trained else "base",
                       ["data=store", f"data.path={store}", f"seed={seed}", f"out={home}", *changes])
-    run = train(cfg, home, args.keep/f"features_{store.name}{'_universal'*(name == 'universal')}")
+    run = train(cfg, home, args.keep/f"features_{store.name}_{name}")
     method, test = load_method(run), build_archive(cfg.data).split("test")
     rows = np.array_split(np.arange(len(test)), 50)
     z = [method.embed(torch.stack([test[i]["rgb"] for i in block]), "rgb").numpy() for block in rows]
