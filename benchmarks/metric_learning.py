@@ -86,7 +86,7 @@ def run_folder(name, seed, args):
 
 def train(cfg, home, features):
     "Train; a frozen network's features are taken from an earlier run, and `encode` checks that they fit."
-    frozen = cfg.method.get("freeze") or cfg.method.name == "universal"     # DiVA computes none: it needs images
+    frozen = cfg.method.get("freeze") or cfg.method.name == "universal"
     if frozen and features.is_dir():
         shutil.copytree(features, home/"features", dirs_exist_ok=True)
     run = pretrain(cfg, progress=False)

@@ -13,6 +13,7 @@ from test_weights import Command
 
 from rsir_nb.all import import_pages
 from rsir_nb.config import load_config
+from rsir_nb.checksums import read_sealed, write_sealed
 from rsir_nb.core import METHODS, CorruptError, InputError, RsirError, UnknownNameError, UnsafeFileError
 from rsir_nb.machine import declare_torchvision_ops
 from rsir_nb.data.base import TensorArchive
@@ -228,6 +229,9 @@ def test_save_and_load(trained, tmp_path):
     weights = load_file(tmp_path/"m"/"model.safetensors")
     del weights["classifier.bias"]
     save_file(weights, tmp_path/"m"/"model.safetensors")
+    with pytest.raises(CorruptError, match="model.safetensors is damaged"): Method.load(tmp_path/"m")
+    about = read_sealed(tmp_path/"m"/"method.json")
+    write_sealed(tmp_path/"m"/"method.json", {k: v for k, v in about.items() if k != "files"})    # as an earlier version wrote it
     with pytest.raises(CorruptError, match="classifier.bias"): Method.load(tmp_path/"m")
 
 
