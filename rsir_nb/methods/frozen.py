@@ -67,6 +67,6 @@ class FrozenPart(Method):
     def weights_hash(self) -> str:
         "Names the frozen parts and the arguments of the method."
         told, parts = self.describe(), ('inputs', *self.whole.frozen)
-        for name in 'optim', 'seed': told['arguments'].pop(name, None)
+        for name in 'optim', 'seed', 'loss': told['arguments'].pop(name, None)
         own = self.whole.state_dict(keep_vars=True).items()
         return self._fingerprint(told, {k: o for k, o in own if k.split('.')[0] in parts})
