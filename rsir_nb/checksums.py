@@ -189,8 +189,9 @@ def is_sealed(
 ) -> bool: # whether it has a checksum of its own
     "Whether a file was written with a checksum in it."
     text = Path(path).read_bytes().decode(errors='replace')
-    if Path(path).suffix != '.json': return bool(re.search('[0-9a-f]{32}', text.partition('\n')[0]))
-    return re.search(r'"sealed": "[0-9a-f]{16}"', text) is not None
+    if Path(path).suffix != '.json':
+        return text.startswith(_SEAL) or bool(re.search('[0-9a-f]{32}', text.partition('\n')[0]))
+    return '"sealed": "' in text
 
 def reseal_text(
     text:str, # with or without a checksum above it

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from engine_run import tiny_config
 
-from rsir_nb.checksums import CheckedFile, file_checksum, read_sealed, write_sealed
+from rsir_nb.checksums import CheckedFile, check_sealed_text, file_checksum, is_sealed, read_sealed, seal_text, write_sealed
 from rsir_nb.cli import main
 from rsir_nb.config import load_run_config
 from rsir_nb.core import (BusyError, CorruptError, FullDiskError, InputError, RsirError, atomic_path,
@@ -279,3 +279,11 @@ def test_others_may_read_the_weights(run):
     try: Method.load(run/"method").save(run/"copy")
     finally: os.umask(umask)
     assert {oct(o.stat().st_mode & 0o777) for o in (run/"copy").iterdir()} == {"0o644"}
+
+
+def test_every_flipped_bit_of_a_sealed_text_is_told(tmp_path):
+    path, raw = tmp_path/"config.yaml", seal_text("seed: 1\nout: runs/a\n").encode()
+    for i in range(8*len(raw)):
+        path.write_bytes(raw[:i//8] + bytes([raw[i//8] ^ 1 << i%8]) + raw[i//8 + 1:])
+        assert is_sealed(path)
+        with pytest.raises(CorruptError): check_sealed_text(path, "restore a copy")
