@@ -220,7 +220,8 @@ def _framed(ax, card, colour, line, text, size):
     "One card: its picture in a frame, `text` and caption below."
     _picture(ax, _image(card.rgb))
     ax.spines[:].set(color=colour, linestyle=_DASHES[line], linewidth=2.5)
-    caption = textwrap.shorten(card.caption, int(size*19), placeholder='…')
+    most = int(size*19)
+    caption = card.caption if len(card.caption) <= most else card.caption[:most - 1].rstrip() + '…'
     ax.set_xlabel('\n'.join(filter(None, [text, caption])), fontsize=6.5, color=colour, linespacing=1.25)
 
 # %% ../nbs/03_show.ipynb #98d325b7

@@ -118,6 +118,9 @@ class ListFile:
     offset:int = 0 # added to each of its labels, which are then whole numbers
     split:str|None = None # of all its images
 
+    @property
+    def name(self) -> str: return Path(self.path).name.split('.')[0]
+
 def list_files(
     lists:str|Path|Mapping|Sequence, # file, folder, {split: file}, {path: ..., prefix: ...}, or a list
     root:str|Path|None=None, # folder that paths start from, where a file does not say
@@ -127,8 +130,7 @@ def list_files(
     found = list(_spread(lists, dict(root=root)))
     if not found: raise MissingFileError(f"there is no list in {lists}", wanted="files .csv, .tsv or .txt")
     if not apart: return found
-    stem = lambda o: Path(o.path).name.split('.')[0]
-    return [o if o.prefix or o.offset else replace(o, prefix=f'{stem(o)}/') for o in found]
+    return [o if o.prefix or o.offset else replace(o, prefix=f'{o.name}/') for o in found]
 
 _TABLE = r'\.(csv|tsv|txt)(\.gz)?$'
 
@@ -154,7 +156,7 @@ def read_list(
     separator:str|None=None, # between the labels of one cell, see `read_labels`
     split:str='split', # column of the split, where there is one
     columns:Sequence[str]|None=None, # names of the columns of a file without a header
-) -> tuple[pd.DataFrame, list[str]|None]: # image, labels, split, ...; classes where they are columns
+) -> tuple[pd.DataFrame, list[str]|None]: # image, list, labels, split, ...; classes where they are columns
     "The images that one file lists."
     table = read_table(file.path, columns)
     if image is None:
@@ -165,7 +167,7 @@ def read_list(
         raise InputError(f"{file.path} has rows that name no image", wanted=f"a path in the column {image!r}",
                          found=f"row {int(unnamed.argmax()) + 1}, {unnamed.sum():,} in all")
     held = label_columns(table, image, labels, {*OWN_COLUMNS, split} - {image})
-    out, names = pd.DataFrame(dict(image=table[image].str.strip())), None
+    out, names = pd.DataFrame(dict(image=table[image].str.strip(), list=file.name)), None
     if held is not None:
         rows = _set_apart(read_labels(table, held, separator), file)
         out['labels'] = pd.Series(rows, dtype=object)

@@ -49,6 +49,10 @@ class Retriever(Searcher):
         super().__init__(method, store, indexes, archive)
         self.path = path
 
+    def __repr__(self) -> str:
+        codes = f'{self.store.n_bits} bits' if self.store.n_bits else 'floats'
+        return f"{type(self).__name__}({len(self.store):,} patches, {codes}, {', '.join(self.indexes)})"
+
     @classmethod
     def load(cls,
         path:str|Path, # folder that `build` or `save` wrote
