@@ -33,6 +33,7 @@ from rsir_nb.models.backbones import make_backbone
 from rsir_nb.models.weights import read_checkpoint
 
 MODEL, MEAN, STD, FULL = "tf_efficientnet_lite0", 127 / 255, 128 / 255, 2750
+SHOWN = 160  # pixels at which `pretrained` sees images, chosen by benchmarks/shown_size.py
 STATISTICS = 0.1  # weight of the band statistics of `pretrained`, chosen by benchmarks/band_weight.py
 CHANNELS_LAST = torch.channels_last
 
@@ -352,6 +353,7 @@ def write(o, s, made, model, log, y, rows, clean, seen, views, held):
     about = dict(
         model=MODEL,
         size=s["size"],
+        shown=SHOWN,
         mean=[MEAN] * 3,
         std=[STD] * 3,
         embed_dim=s["dim"],

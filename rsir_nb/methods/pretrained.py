@@ -124,7 +124,7 @@ class Pretrained(Method):
     def __init__(self,
         sensors:Mapping|Sequence, # modality -> sensor, as `make_sensors` takes them
         img_size:int|None=None, # side of the images in pixels; None where any size will do
-        size:int|None=None, # side at which the network sees them; that of the adaptation by default
+        size:int|None=None, # side at which the network sees them; by default the one that found most
         bits:int|None=128, # length of the codes; None for no codes
         composite:Mapping|None=None, # modality -> `Composite` or its arguments; others by `composite_of`
         statistics:float|None=None, # weight of the band statistics, 0..1; the card's, with 3 bands or fewer 0
@@ -136,7 +136,7 @@ class Pretrained(Method):
             found=f"norm {norm}", remedy="leave norm out; composite says which values are full")
         super().__init__(sensors, img_size=img_size, norm=None, **kwargs)
         about, given = about_shipped(weights), composite or {}
-        self.size = about['size'] if size is None else size
+        self.size = self.arguments['size'] = about['shown'] if size is None else size
         if self.size < 32:
             raise InputError("the network cannot see so little", found=f"size {size}", wanted="32 or more")
         if statistics is not None and not 0 <= statistics < 1: raise InputError(

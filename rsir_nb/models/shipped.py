@@ -34,7 +34,7 @@ def shipped_folder(
 @lru_cache(maxsize=4)
 def about_shipped(
     name:str=SHIPPED, # weights that came with the package
-) -> dict: # model, size, mean, std, embed_dim, bits, licence, scores
+) -> dict: # model, size, shown, mean, std, embed_dim, bits, licence, scores
     "The facts about shipped weights."
     return read_json(shipped_folder(name)/'model.json')
 
