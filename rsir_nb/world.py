@@ -17,7 +17,7 @@ from .core import InputError
 
 # %% ../nbs/04a_world.ipynb #e174c777
 @lru_cache(maxsize=1)
-def world_lines() -> dict[str, list[np.ndarray]]: # 'coast' and 'border' -> lines, degrees east and north, (N,2)
+def world_lines() -> dict[str, list[np.ndarray]]: # 'coast' and 'border' -> lines in degrees, (N,2)
     "All coasts and borders."
     with np.load(str(files('rsir_nb')/'natural_earth'/'lines.npz')) as told:
         parts = np.split(told['points']/told['steps'], np.cumsum(told['lengths'])[:-1])

@@ -135,7 +135,7 @@ def _draw_numbers(ax, features, theme):
     "A point at each place and its rank beside it, moved where it would cover another."
     ax.apply_aspect()
     ends = [(corners(o).min(0), corners(o).max(0)) for o in features]
-    words = ['query' if o['properties']['kind'] == 'query' else str(o['properties']['rank']) for o in features]
+    words = [str(o['properties']['rank'] or 'query') for o in features]
     points = ax.transData.transform([high for _, high in ends])*72/ax.figure.dpi
     points += [(14 if o == 'query' else 8, 5) for o in words]
     moves = spread_apart(points, 26 if 'query' in words else 14, 9)
@@ -143,10 +143,10 @@ def _draw_numbers(ax, features, theme):
         kind, middle = o['properties']['kind'], (low + high)/2
         style = dict(marker='s' if kind == 'query' else 'o', color=theme.get(kind, theme['ink']))
         ax.plot(*middle, markersize=3, **style)
-        line = dict(arrowstyle='-', color='#9aa4b0', linewidth=.6, shrinkA=0, shrinkB=0) if move.any() else None
+        line = dict(arrowstyle='-', color='#9aa4b0', linewidth=.6, shrinkA=0, shrinkB=0)
         away = at + move - ax.transData.transform(middle)*72/ax.figure.dpi
         ax.annotate(text, middle, away, textcoords='offset points', fontsize=7, color=theme['ink'],
-                    arrowprops=line, ha='center', va='center')
+                    arrowprops=line if move.any() else None, ha='center', va='center')
 
 # %% ../../nbs/80d_gallery.map.ipynb #fe00b01b
 NUMBERED = 100 # hits with a number on the live map
