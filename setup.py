@@ -23,7 +23,7 @@ setup(
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["rsir_nb", "rsir_nb.*"]),
     package_data={"rsir_nb": ["configs/*.yaml", "configs/*/*.yaml", "gallery/*.js", "gallery/*.css",
-                              "weights/*/*", "natural_earth/*", "samples/*/LICENSE", "samples/*/*/*.jpg"]},
+                              "weights/*/*", "samples/*/LICENSE", "samples/*/*/*.jpg"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

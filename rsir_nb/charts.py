@@ -5,7 +5,6 @@
 # %% ../nbs/02b_charts.ipynb #8af67b77
 from __future__ import annotations
 import importlib, io, textwrap
-from itertools import count
 from typing import Any, Mapping, Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ from .style import THEMES
 from .core import lazy_import
 
 # %% auto #0
-__all__ = ['new_figure', 'new_axes', 'tell', 'show_curve', 'show_bars', 'spread_apart', 'html_figure']
+__all__ = ['new_figure', 'new_axes', 'tell', 'show_curve', 'show_bars', 'html_figure']
 
 # %% ../nbs/02b_charts.ipynb #80d45a3d
 pd = lazy_import('pandas')
@@ -162,27 +161,6 @@ def _say(table, digits):
     "A table of numbers in words."
     row = lambda o: ', '.join(f"{k} {v:.{digits}f}".strip() for k, v in o.items())
     return '; '.join(f"{name}: {row(o)}" for name, o in table.iterrows())
-
-# %% ../nbs/02b_charts.ipynb #53ef9de6
-def spread_apart(
-    places:np.ndarray, # where labels belong, pixels or points, (N,2)
-    width:float, # of a label, in the same unit
-    height:float, # the same from top to bottom
-) -> np.ndarray: # how far each label moves, (N,2); no two of them overlap
-    "Moves that keep labels off each other, as small as a search in rings finds them."
-    size, places = np.array([width, height], float), np.asarray(places, float).reshape(-1, 2)
-    moves, taken = np.zeros_like(places), np.zeros((0, 2))
-    for i, at in enumerate(places):
-        for move in _rings(size):
-            if (np.abs(taken - at - move) >= size - 1e-9).any(1).all(): break
-        moves[i], taken = move, np.vstack([taken, at + move])
-    return moves
-
-def _rings(size):
-    "No move, then moves to all sides, each ring half a label further out."
-    yield np.zeros(2)
-    for ring in count(1):
-        for angle in np.arange(6*ring)*2*np.pi/(6*ring): yield ring/2*size*(np.cos(angle), np.sin(angle))
 
 # %% ../nbs/02b_charts.ipynb #3a783633
 def html_figure(

@@ -6,8 +6,6 @@ from shapely.geometry import box as shapely_box
 from shapely.geometry import shape
 
 from rsir_nb.core import InputError
-from rsir_nb.charts import spread_apart
-from rsir_nb.world import world_lines, world_within
 from rsir_nb.gallery.map import (HitMap, bounds_of, corners, cut_of, degrees_text, graticule, graticule_steps,
                                  hit_footprints, map_html, map_picture, side_by_side)
 from rsir_nb.geo import wkb_box
@@ -90,28 +88,3 @@ def test_the_live_map_reports_and_counts():
     many = HitMap(ranking([(i/10, 40, i/10 + .05, 40.05) for i in range(300)]))
     pins = [o for o in many.widget.layers if "Marker" in type(o).__name__ and o.title]
     assert len(pins) <= 101 and corners(hit_footprints(many.ranking)[0]).shape == (5, 2)
-
-
-def test_numbers_do_not_cover_each_other():
-    rng = np.random.default_rng(0)
-    for places in rng.uniform(0, 50, (40, 2)), np.zeros((12, 2)):
-        at = places + spread_apart(places, 14, 9)
-        gaps = np.abs(at[:, None] - at)[np.triu_indices(len(at), 1)]
-        assert ((gaps[:, 0] >= 14 - 1e-6) | (gaps[:, 1] >= 9 - 1e-6)).all()
-    assert not spread_apart(np.array([[0, 0], [100, 0]]), 14, 9).any(), "who is alone stays"
-
-
-def test_the_world_is_cut_to_a_box_and_goes_on_beyond_the_date_line():
-    box = 170, -50, 200, -10
-    found = [o for lines in world_within(box).values() for o in lines]
-    xy = np.concatenate(found)
-    assert (xy[:, 0].min() >= 170) and (xy[:, 0].max() <= 200) and (xy[:, 0] > 180).any()
-    assert not any(np.abs(np.diff(o[:, 0])).max() > 40 for lines in world_lines().values() for o in lines)
-    assert not sum(map(len, world_within((-150, -20, -140, -10)).values())), "the open sea"
-
-
-def test_a_small_map_shows_where_it_lies_and_a_large_one_its_coasts():
-    small = map_picture(ranking([(8.9, 44.4, 8.91, 44.41)]))
-    assert len(small.child_axes) == 1
-    large = map_picture(ranking([(8.9, 44.4, 8.91, 44.41), (-.3, 39.4, -.29, 39.41)]))
-    assert not large.child_axes and len(large.lines) > len(small.lines)
