@@ -426,3 +426,56 @@ def test_real_folders_of_band_files(folder, size, bands, n_left):
     x = archive[len(archive)//2][m].numpy()
     assert np.isfinite(x).all() and -500 < np.median(x) < 9000
     assert n_left is None or len(archive.skipped) == n_left
+
+
+# numbers, in folders and queries too
+
+def test_class_folders_obey_the_offset_as_scenes_do(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    x = land(h=32, w=32)
+    for i in range(3): write(tmp_path/f"a/{NEW}_{i}.tif", x + 1000, FOUR, nodata=0)
+    archive = ClassFolders(tmp_path, Sensor("four", FOUR, "DN"))
+    assert np.array_equal(archive[1]["four"], x) and "offset -1000 is applied (a guess" in caplog.text
+    assert ClassFolders(tmp_path, Sensor("four", FOUR, "DN"), offset=0)[1]["four"].min() > 1000
+
+
+@pytest.mark.parametrize("name", ["1_3B_AnalyticMS.tif", "1_3B_AnalyticMS_8b_clip.tif", "1_ortho_analytic_4b.tif"])
+def test_radiance_of_planet_is_refused(tmp_path, name):
+    path = write(tmp_path/name, land(), ("blue", "green", "red", "nir"), nodata=0)
+    with pytest.raises(InputError, match="radiance at the satellite.*AnalyticMS_SR"): SceneArchive(path)
+    with pytest.raises(InputError, match="radiance"): read_patch_file(path, "planet4")
+    assert len(SceneArchive(path, scale=1)) == 4
+    path = write(tmp_path/"sr"/name.replace("MS", "MS_SR").replace("analytic_4b", "analytic_4b_sr"), land(),
+                 ("blue", "green", "red", "nir"), nodata=0)
+    assert len(SceneArchive(path)) == 4
+
+
+def test_65535_in_all_bands_is_a_mark(tmp_path):
+    x = land()
+    x[:, :30] = 65535
+    path = write(tmp_path/"a.tif", x, FOUR)
+    with pytest.raises(InputError, match="found 65535 in 12%.*nodata=65535"): SceneArchive(path)
+    with pytest.raises(InputError, match="nodata=65535"): read_patch_file(path, "s2_rgbn")
+    assert len(SceneArchive(path, nodata=65535)) == 2
+    assert len(SceneArchive(path, nodata=0)) == 4
+
+
+def test_landsat_in_bytes_is_no_reflectance(tmp_path):
+    x = rng.integers(20, 200, (3, 240, 240)).astype("uint8")
+    path = write(tmp_path/"LT05_L1TP_193029_x.tif", x, ("B1", "B2", "B3"))
+    with pytest.raises(InputError, match="8-bit values"): SceneArchive(path)
+
+
+def test_white_is_missing_where_255_is_declared(tmp_path):
+    x = rng.integers(40, 220, (3, 240, 240)).astype("uint8")
+    x[:, :120], x[:, 120:140] = 255, 0
+    path = write(tmp_path/"a.tif", x, colours=COLOURS, nodata=255)
+    assert set(SceneArchive(path).table["row"]) == {120}, "white is missing, black is not"
+
+
+def test_a_query_folder_says_what_it_leaves_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for band in FOUR: write(tmp_path/f"T32TMR_{band}.tif", land(1, 120, 120))
+    write(tmp_path/"T32TMR_SCL.tif", np.ones((1, 120, 120), "uint8"))
+    assert read_patch_file(tmp_path, "s2_rgbn").shape == (4, 120, 120)
+    assert "T32TMR_SCL.tif: left out, a mask" in caplog.text

@@ -197,7 +197,8 @@ def choose_bands(
     missing = [name for name in sensor.bands if name not in have]
     if not missing: return [have.index(name) for name in sensor.bands]
     named = any(have[i] for i in images)
-    remedy = "name the file's bands with bands=[...], or choose a sensor of bands it has"
+    remedy = ("name the file's bands with bands=[...], or choose a sensor of bands it has; "
+              "`rsir data look` shows them")
     if is_grey(info, sensor): remedy += "; grey=true takes a grey picture for each colour"
     if len(images) < len(have): remedy += "; alpha is a mask, unless bands=[...] gives that band a name"
     raise InputError(f"{info.path} has not all the bands of {sensor.name}", found=_bands_in_words(info, have),

@@ -177,4 +177,4 @@ def _lost(what, used, total, kind, first):
     if used: return InputError(f"{what} loses most of its {kind}", found, wanted="at least half of them",
                                remedy="read them another way, or go on without them: on_error=skip_any")
     return InputError(f"{what} has no {kind} that can be used", found,
-                      remedy="read them another way; on_error=raise stops at the first that is bad")
+                      remedy="`rsir data look` shows what is understood; on_error=raise stops at the first")

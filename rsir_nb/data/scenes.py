@@ -20,14 +20,13 @@ from ..core import DATASETS, InputError, MissingFileError, unknown_name
 from .band_files import (BandFiles, band_scenes, read_parts, scene_info, scene_names,
                                      scene_path)
 from .base import Archive
-from .checks import MISSING_MARKS, check_patch, square_part, to_square
+from .checks import check_patch, square_part, to_square
 from .files import SkipList, date_in_name, find_files
-from .images import read_reduced
-from .products import product_scaling, split_band
-from .rasters import (LARGE, fill_nodata, footprints, raster_info, read_bands, read_raster,
-                                  sample_pixels)
+from .images import file_scaling, missing_pixels, no_marks, read_reduced
+from .products import split_band
+from .rasters import LARGE, fill_nodata, footprints, raster_info, read_bands
 from .bands import (RasterInfo, choose_bands, file_bands, is_grey, is_picture, must_be_bands,
-                                reading_options, scaling_of, to_unit)
+                                reading_options, to_unit)
 from .windows import missing_parts, window_grid
 from ..geo import ground_side, wkb_quads
 from ..sensors import BANDS, SENSORS, Sensor, get_sensor
@@ -62,29 +61,6 @@ def _modality(sensor):
     homes = {BANDS[o].sensor for o in sensor.bands if o in BANDS}
     home = homes.pop() if len(homes) == 1 else None
     return {'Sentinel-1': 's1', 'Sentinel-2': 's2'}.get(home, sensor.name)
-
-# %% ../../nbs/16_data.scenes.ipynb #1345704b
-def _missing(info, channels, nodata):
-    "Bool (H,W): where the scene has no data."
-    mask = np.zeros((info.height, info.width), bool)
-    plain = nodata in (None, 0) and info.alpha is None and not info.masked
-    quick = plain and np.dtype(info.dtype).kind == 'u'
-    for row in range(0, info.height, 512):
-        window = row, 0, min(512, info.height - row), info.width
-        if quick and read_raster(info.file, channels[:1], window).all(): continue
-        x, mask[row:row+512] = read_bands(info, channels, nodata, window=window)
-        if x.dtype.kind in 'fi': _no_marks(x, mask[row:row+512], info)
-    return mask
-
-def _no_marks(x, mask, info):
-    "Raise if many pixels hold a usual mark of missing pixels that the file does not declare."
-    lows = np.where(mask, 0, x.min(0)) if x.dtype.kind != 'c' else np.zeros(1)
-    low = float(lows.min(initial=0))
-    if low not in MISSING_MARKS: return
-    raise InputError(f"{info.path} holds a mark of missing pixels that it does not declare",
-                     found=f"{low:g} in {(lows == low).mean():.0%} of the pixels of a strip",
-                     wanted=f"nodata {low:g}" + (f", not {info.nodata}" if info.nodata is not None else ''),
-                     remedy=f"pass nodata={low:g}")
 
 # %% ../../nbs/16_data.scenes.ipynb #84b53ae7
 def _patch_rows(info, name, corners, missing, size, sensor):
@@ -130,13 +106,14 @@ def _cut(info, name, sensor, o):
     info = _placed(replace(info, bands=file_bands(info, o['bands'])), o['crs'])
     channels = choose_bands(info, sensor)
     nodata = info.nodata if o['nodata'] is None else o['nodata']
-    scale, offset, why = _scaling(info, channels, o['scale'], o['offset'], sensor, nodata)
+    scale, offset, why = file_scaling(info, channels, o['scale'], o['offset'], sensor, nodata)
     size, most = o['img_size'], memory_size()//20
     if info.height*info.width > most: raise InputError(f"{info.path} is too large to be cut on this machine",
                          found=f"{info.height:,}x{info.width:,} pixels", wanted=f"at most {most:,} pixels",
                          remedy="cut it into files first: gdal_retile.py")
+    gaps = missing_pixels(info, channels, nodata, o['nodata'] is None and sensor.unit != 'byte')
     corners = window_grid(info.height, info.width, size, o['stride'], o['partial'])
-    inside, missing = missing_parts(_missing(info, channels, nodata), corners, size)
+    inside, missing = missing_parts(gaps, corners, size)
     keep = inside <= o['max_nodata']
     if not keep.any():
         raise InputError(f"{info.path} gives no patch", wanted=f"{size}x{size} pixels with data",
@@ -159,13 +136,6 @@ def _placed(info, crs):
     if still: remedy = "georeference it (gdalwarp), or pass crs='unknown' to go without places"
     elif info.unplaced and 'local' in info.unplaced: remedy = "pass crs='unknown' to go without places"
     raise InputError(what, wanted="one, to know where patches lie", remedy=remedy)
-
-def _scaling(info, channels, scale, offset, sensor, nodata):
-    "Scale and offset of a file, and why, where a known product's were applied."
-    if scale is None and offset is None:
-        known = product_scaling(info, sensor, lambda: sample_pixels(info, channels, nodata))
-        if known is not None: return known
-    return *scaling_of(info, scale, offset, sensor), None
 
 def _unused(info, sensor):
     "What is said of bands that a sensor does not have."
@@ -243,14 +213,16 @@ class SceneArchive(Archive):
         return {self.modality: _read_window(self.scenes[source], row, col, self.ids[i])}
 
 # %% ../../nbs/16_data.scenes.ipynb #c6d7605f
-def _info(path, sensor, bands, grey):
+def _info(path, sensor, bands, grey, skips):
     "What a file or a folder of band files says, with the names of its bands."
     if Path(path).is_dir():
-        scenes, _ = band_scenes(find_files(path))
+        scenes, left = band_scenes(find_files(path))
         if len(scenes) != 1:
             raise InputError(f"the folder {path} is not one image", found=f"{len(scenes)} images in it",
                              wanted="one file, or one file per band", remedy="name one of its files")
-        return replace(info := _scene_info(scenes[0], sensor, bands), bands=file_bands(info, bands))
+        info = _scene_info(scenes[0], sensor, bands)
+        skips.leave_out([*left, *getattr(scenes[0], 'left', [])])
+        return replace(info, bands=file_bands(info, bands))
     info = raster_info(path)
     if bands is None and len(info.bands) == 1 and not info.named and (found := split_band(path)):
         info = replace(info, bands=(found[0],))
@@ -296,9 +268,13 @@ def read_patch_file(
     "Read one image as a patch of `sensor`, checked."
     sensor = get_sensor(sensor)
     if not Path(path).exists(): raise MissingFileError(f"{path} is not there")
-    info = _info(path, sensor, bands, grey)
-    channels, nodata = choose_bands(info, sensor, grey=grey), info.nodata if nodata is None else nodata
-    scaling = _scaling(info, channels, scale, offset, sensor, nodata)[:2]
+    info = _info(path, sensor, bands, grey, skips := SkipList())
+    given, channels = nodata, choose_bands(info, sensor, grey=grey)
+    nodata = info.nodata if given is None else given
+    *scaling, why = file_scaling(info, channels, scale, offset, sensor, nodata)
+    for words in filter(None, (why, _unused(info, sensor))): skips.say(words, path)
+    skips.settle(str(path), 1, 1)
+    scaling = tuple(scaling)
     told = dict(nodata=nodata, black=sensor.unit == 'byte')
     side, reduced = _side(info, size, ground), size is not None and info.height*info.width > LARGE
     if reduced:
@@ -307,6 +283,7 @@ def read_patch_file(
     else:
         x, mask = read_bands(info, channels, **told)
         if info.parts and info.height == info.width: x = read_parts(info, channels)
+        if given is None: no_marks(x, mask, info, sensor.unit != 'byte')
         x = to_unit(x, *scaling)
     if mask.mean() > max_nodata:
         raise InputError(f"{path} is nearly empty", found=f"no data in {mask.mean():.0%} of its pixels",

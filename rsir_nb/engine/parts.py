@@ -42,13 +42,27 @@ def _told(what, group):
         raise InputError(what, found=f"{type(e).__name__}: {why}", remedy="--debug shows where it fails",
                          wanted=f"other values in the group {group!r}") from e
 
+_SAID:dict[str, set[str]] = {} # what was said of the files of an archive, by its config
+
+@contextmanager
+def _said_once(config):
+    "Leave out of the log what was said of the files of the same archive before."
+    files, said, now = logging.getLogger('rsir_nb.data.files'), _SAID.get(config, set()), set()
+    def new(record):
+        now.add(record.getMessage())
+        return record.getMessage() not in said
+    files.addFilter(new)
+    try: yield
+    finally: files.removeFilter(new)
+    _SAID[config] = now
+
 # %% ../../nbs/70_engine.parts.ipynb #92d35201
 def build_archive(
     data:DictConfig|dict, # the group `data` of a config: `name` and the arguments of that dataset
 ) -> Archive: # the archive
     "The archive that a config describes."
     name, kwargs = group_kwargs(data)
-    with _told(f"the archive {name!r} cannot be made so", 'data'):
+    with _told(f"the archive {name!r} cannot be made so", 'data'), _said_once(f'{name} {kwargs}'):
         return DATASETS.create(name, **kwargs)
 
 # %% ../../nbs/70_engine.parts.ipynb #c0a06ef3
