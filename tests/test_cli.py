@@ -108,7 +108,7 @@ def test_dry_run_prints_the_resolved_config(capsys, tmp_path, monkeypatch):
 
 
 def test_folder_of_images_to_hits(tmp_path, capsys):
-    "The README's shortest way: scenes, no training, a query by file, hits for a map."
+    "The shortest way of the page Command line: scenes, no training, a query by file, hits for a map."
     from rsir_nb.simulate.synthetic import write_scene
     scene = write_scene(tmp_path / "scenes" / "a.tif", size=480)
     run = str(tmp_path / "run")

@@ -1,7 +1,12 @@
 "Maps of hits: footprints, the date line, round degrees, and what happens without places."
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+import rsir_nb
+import shapely
+from matplotlib.text import Text
 from shapely.geometry import box as shapely_box
 from shapely.geometry import shape
 
@@ -9,6 +14,7 @@ from rsir_nb.core import InputError
 from rsir_nb.gallery.map import (HitMap, bounds_of, corners, cut_of, degrees_text, graticule, graticule_steps,
                                  hit_footprints, map_html, map_picture, side_by_side)
 from rsir_nb.geo import wkb_box
+from rsir_nb.maps import spread, world_lines
 from rsir_nb.retrieval.ranking import Ranking
 
 
@@ -88,3 +94,66 @@ def test_the_live_map_reports_and_counts():
     many = HitMap(ranking([(i/10, 40, i/10 + .05, 40.05) for i in range(300)]))
     pins = [o for o in many.widget.layers if "Marker" in type(o).__name__ and o.title]
     assert len(pins) <= 101 and corners(hit_footprints(many.ranking)[0]).shape == (5, 2)
+
+
+# the world below, and pins that do not lie on each other
+
+def test_the_file_of_the_world():
+    "Small, and where it should be: known places are on the coast that is drawn, to half a degree."
+    path = Path(rsir_nb.__file__).parent / "world.json"
+    assert path.stat().st_size < 120_000
+    for lon, lat in [(8.93, 44.41), (-0.33, 39.45), (139.8, 35.4), (-74.0, 40.6), (18.4, -33.9)]:
+        near = world_lines((lon - 1, lat - 1, lon + 1, lat + 1))
+        assert min(np.abs(np.concatenate(near) - [lon, lat]).max(1)) < 1.1, (lon, lat)
+        assert shapely.MultiLineString(near).distance(shapely.Point(lon, lat)) < .5, (lon, lat)
+    assert world_lines((-40, 30, -35, 33)) == [], "the Atlantic has no coast"
+    assert world_lines((6, 45, 8, 47.5), "borders"), "Switzerland has borders"
+
+
+@pytest.mark.parametrize("turn", [-360, 0, 360])
+def test_the_world_repeats(turn):
+    here, there = world_lines((160, -50, 179, -30)), world_lines((160 + turn, -50, 179 + turn, -30))
+    assert len(here) == len(there) > 0 and np.allclose(here[0] + [turn, 0], there[0])
+    assert len(world_lines((170, 50, 200, 70))) > len(world_lines((170, 50, 180, 70))), "both sides of the date line"
+
+
+@pytest.mark.parametrize("n", [1, 2, 30, 101])
+def test_marks_do_not_overlap(n):
+    rng = np.random.default_rng(n)
+    points = rng.normal(size=(n, 2))*rng.choice([0, 10, 100])
+    moved = spread(points, 20, 16)
+    gaps = np.abs(moved[:, None] - moved[None])
+    assert (((gaps[..., 0] < 20 - 1e-6) & (gaps[..., 1] < 16 - 1e-6)).sum(1) == 1).all()
+    assert np.array_equal(moved[0], points[0])
+    assert np.array_equal(spread(40*np.arange(2*n).reshape(n, 2), 20, 16), 40*np.arange(2*n).reshape(n, 2)), "nothing to move"
+    assert spread(np.empty((0, 2)), 20, 16).shape == (0, 2)
+
+
+def pins_of(live):
+    "Where pins are on the screen, in pixels at the level that is shown."
+    def at(lat, lon): return np.array([lon/360, -np.arcsinh(np.tan(np.radians(lat)))/(2*np.pi)])*256*2**live.widget.zoom
+    return np.array([at(*o.location) - o.icon.icon_anchor for o in live.pins])
+
+
+def test_pins_of_neighbours_are_moved_apart():
+    pytest.importorskip("ipyleaflet", reason="ipyleaflet is not installed")
+    live = HitMap(ranking([(10 + i/1e4, 44, 10.001 + i/1e4, 44.001) for i in range(12)] + [(30, 50, 30.01, 50.01)]))
+    def free():
+        gaps = np.abs(pins_of(live)[:, None] - pins_of(live)[None])
+        return ((gaps[..., 0] < 19) & (gaps[..., 1] < 15)).sum() == len(live.pins)
+    moved = [list(o.icon.icon_anchor) for o in live.pins]
+    assert free() and moved[0] == [10, 8] != moved[1]
+    live.widget.zoom = 16
+    assert free() and moved != [list(o.icon.icon_anchor) for o in live.pins], "anew at each level"
+    coasts = [o for o in live.widget.layers if getattr(o, "data", {}).get("geometry", {}).get("type") == "MultiLineString"]
+    assert len(coasts) == 3 and sum(len(o.data["geometry"]["coordinates"]) for o in coasts) > 50, "graticule, coasts, borders"
+
+
+def test_numbers_of_the_static_map_are_apart():
+    ax = map_picture(ranking([(10 + i/1e4, 44, 10.001 + i/1e4, 44.001) for i in range(12)] + [(30, 50, 30.01, 50.01)]))
+    ax.figure.canvas.draw()
+    boxes = [Text.get_window_extent(o) for o in ax.texts] # without their lines
+    overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert len(boxes) == 13 and not overlaps
+    assert not ax.child_axes, "it is large enough to know where it is"
+    assert len(map_picture(ranking([(10, 44, 10.01, 44.01)])).child_axes) == 1, "a small one says where it is"

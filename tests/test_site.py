@@ -191,6 +191,18 @@ def test_readme_links_resolve():
         assert (ROOT / link).exists(), link
 
 
+def test_readme_is_read_in_a_minute():
+    "Short, with each of the four common questions answered within two clicks, and its terms linked to the glossary."
+    text = (ROOT / "README.md").read_text()
+    assert len(re.sub(r"\]\([^)]*\)", "]", text).split()) < 700
+    for question in "BigEarthNet", "published weights", "RGB aerial pictures", "foundation model":
+        row = next(o for o in text.splitlines() if o.startswith("|") and question in o)
+        for link, place in re.findall(r"\]\(([^)#\s]+)#?([\w-]*)\)", row):
+            headings = map(anchor, re.findall(r"^##+ (.+)$", (ROOT / link).read_text(), re.M))
+            assert not place or place in headings, f"{link} has no section {place}"
+    assert text.count("glossary.md#") >= 8
+
+
 # workflows
 
 @pytest.mark.parametrize("name", ["tests", "docs"])
