@@ -170,13 +170,13 @@ def _middle(feature):
     return (at.min(0) + at.max(0))/2
 
 def _number(ax, features, ink):
-    "Ranks next to the middles, moved apart where they would cover each other."
+    "Ranks at the upper right corners, moved apart where they would cover each other."
     ax.apply_aspect()
-    scale, middles = 72/ax.figure.dpi, [_middle(o) for o in features]
-    at = ax.transData.transform(middles)*scale # in points, as the offsets are
-    for o, middle, offset in zip(features, middles, spread(at, 14, 9) - at, strict=True):
+    scale, places = 72/ax.figure.dpi, [corners(o).max(0) for o in features]
+    at = ax.transData.transform(places)*scale # in points, as the offsets are
+    for o, place, offset in zip(features, places, spread(at, 14, 9) - at, strict=True):
         line = dict(arrowstyle='-', color='#7b8794', linewidth=.5) if np.abs(offset).max() > 9 else None
-        ax.annotate(str(o['properties']['rank'] or 'query'), middle, offset + 3, fontsize=7, color=ink,
+        ax.annotate(str(o['properties']['rank'] or 'query'), place, offset + 3, fontsize=7, color=ink,
                     textcoords='offset points', arrowprops=line)
 
 # %% ../../nbs/80d_gallery.map.ipynb #fe00b01b
