@@ -13,7 +13,7 @@ export MPLBACKEND ?= agg
 # Threads that wait sleep instead of spinning: beside other work two OpenMP threads lose most of their time otherwise.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test dev check notebooks pytest run readme pages site screenshots clean
+.PHONY: demo test dev check notebooks pytest run readme pages site docs screenshots clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rsir demo
@@ -66,6 +66,11 @@ pages: readme
 site: $(VENV)/.installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_proc_nbs
 	$(BIN)/python tests/check_site.py _proc
+
+# The whole site, where Quarto is. nbdev writes a README of its own, with other links, unless ours is newer than the home page.
+docs: $(VENV)/.installed-dev
+	touch README.md
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_docs
 
 # The pictures of the gallery in nbs/images, from JupyterLab in a browser; look at them before they are committed.
 screenshots: $(VENV)/.installed-dev

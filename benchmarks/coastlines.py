@@ -22,7 +22,7 @@ def arcs_of(part):
 
 
 def line(arc, transform):
-    "An arc as whole hundredths of a degree, the first point and then differences; repeated points are dropped."
+    "An arc in hundredths of a degree: the first point, then differences; repeated points are dropped."
     xy = np.cumsum(arc, axis=0)*transform["scale"] + transform["translate"]
     xy = np.round(100*xy).astype(int)
     xy = xy[np.r_[True, (np.diff(xy, axis=0) != 0).any(1)]]

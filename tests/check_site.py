@@ -164,6 +164,26 @@ def check_alt(page):
         if not re.search(r"\balt\s*=", tag): yield f"{page.name}: a picture without alt text: {tag[:60]}"
 
 
+def check_captions(page, config):
+    "A picture in a paragraph of its own becomes a caption without alternative text, unless Quarto is asked not to, or it has both."
+    if "-implicit_figures" in str(config.get("format", {}).get("html", {}).get("from", "")): return
+    for text, more in re.findall(r"^!\[([^\]]*)\]\([^)]*\)(\{[^}]*\})?[ \t]*$", page.text, re.M):
+        if "fig-alt" not in more: yield f"{page.name}: Quarto makes a caption of the alt text: {text[:60]}"
+
+
+def check_nested_links(page):
+    "A name that nbdev links within a link shows its source: `[[`name`](...)](...)`."
+    for found in re.findall(r"\[\[`[^\]\n]*`\]\([^)\n]*\)[^\]\n]*\]\(", page.prose):
+        yield f"{page.name}: a link within a link, leave out the backticks: {found[:80]}"
+
+
+def check_head(config, folder):
+    "The icon is there, and the site knows its own address, which its map of pages and previews need."
+    site = config["website"]
+    if (icon := site.get("favicon")) and not (Path(folder) / icon).is_file(): yield f"_quarto.yml: there is no icon {icon}"
+    if site.get("open-graph") and not site.get("site-url"): yield "_quarto.yml: previews need the site's address, site-url"
+
+
 def check_widgets(page):
     "A widget is dead without a kernel: beside it stands what it shows, as HTML or as a picture."
     for output in page.outputs:
@@ -184,10 +204,11 @@ def check_machine_paths(page):
 def check_site(folder, host=None):
     "All problems of a folder of processed pages, as lines."
     pages, config = read_site(folder), yaml.safe_load((Path(folder) / "_quarto.yml").read_text())
-    found = [*check_navigation(config, pages), *check_theme(config, folder)]
+    found = [*check_navigation(config, pages), *check_theme(config, folder), *check_head(config, folder)]
     for page in pages.values():
         found += check_links(page, pages, folder, host)
-        for check in check_fences, check_alt, check_widgets, check_machine_paths: found += check(page)
+        found += check_captions(page, config)
+        for check in check_fences, check_alt, check_nested_links, check_widgets, check_machine_paths: found += check(page)
     return found
 
 

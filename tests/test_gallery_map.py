@@ -149,11 +149,18 @@ def test_pins_of_neighbours_are_moved_apart():
     assert len(coasts) == 3 and sum(len(o.data["geometry"]["coordinates"]) for o in coasts) > 50, "graticule, coasts, borders"
 
 
-def test_numbers_of_the_static_map_are_apart():
-    ax = map_picture(ranking([(10 + i/1e4, 44, 10.001 + i/1e4, 44.001) for i in range(12)] + [(30, 50, 30.01, 50.01)]))
+@pytest.mark.parametrize("query", [None, (10, 44, 10.001, 44.001)], ids=["no place", "a place"])
+def test_numbers_of_the_static_map_are_apart(query):
+    hits = [(10 + i/1e4, 44, 10.001 + i/1e4, 44.001) for i in range(12)]
+    ax = map_picture(ranking([*hits, (30, 50, 30.01, 50.01)], query))
     ax.figure.canvas.draw()
     boxes = [Text.get_window_extent(o) for o in ax.texts] # without their lines
     overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-    assert len(boxes) == 13 and not overlaps
+    assert len(boxes) == 13 + bool(query) and not overlaps
     assert not ax.child_axes, "it is large enough to know where it is"
     assert len(map_picture(ranking([(10, 44, 10.01, 44.01)])).child_axes) == 1, "a small one says where it is"
+
+
+def test_hits_far_down_the_list_have_a_map():
+    "None of the numbered ones has a place."
+    assert not map_picture(ranking([None]*30 + [(10, 44, 10.01, 44.01)])).texts

@@ -12,6 +12,7 @@ import yaml
 from check_site import anchor, check_navigation, check_site, read_site, site_address
 from make_pages import MARKS, api, book, filled, promise
 from make_readme import readme
+from rsir_nb.style import THEMES
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "https://site.example/docs"
@@ -116,6 +117,11 @@ def test_a_site_in_order_passes(site):
     ("_quarto.yml", "href: index.md", "href: start.md", "navbar points at start.md"),
     ("_quarto.yml", "theme.scss", "dark.scss", "no style sheet dark.scss"),
     ("index.md", "images/a.png", "images/b.png", "there is no images/b.png"),
+    ("_quarto.yml", "website:\n", "website:\n  favicon: images/icon.svg\n", "no icon images/icon.svg"),
+    ("_quarto.yml", "website:\n", "website:\n  open-graph: true\n", "site-url"),
+    ("index.md", "![a picture](images/a.png) and", "![a picture](images/a.png)\n\nAnd", "a caption of the alt text"),
+    ("index.md", "![a picture](images/a.png) and", '![a](images/a.png){fig-alt="a picture"}\n\nAnd', None),
+    ("index.md", "[a part](10_part.ipynb#", "[[`part`](10_part.ipynb)](10_part.ipynb#", "a link within a link"),
     ("index.md", "![a picture]", "![]", "a picture without alt text"),
     ("index.md", "![a picture]", '<img src="images/a.png"> ![a picture]', "a picture without alt text"),
     ("index.md", "[a part](10_part.ipynb#", "[a part](11_part.ipynb#", "there is no 11_part.ipynb"),
@@ -217,7 +223,24 @@ def test_workflows_run_what_is_there(name):
         assert (ROOT / path).exists(), path
 
 
-# colours
+# the site's settings and colours
+
+def test_the_site_knows_where_it_is():
+    "Its address and repository are those of settings.ini, and its pictures keep their alternative text."
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    settings = (ROOT / "settings.ini").read_text()
+    assert config["website"]["site-url"] == site_address(ROOT / "settings.ini")
+    assert f"git_url = {config['website']['repo-url']}\n" in settings
+    assert (ROOT / "nbs" / config["website"]["favicon"]).is_file()
+    assert config["format"]["html"]["from"] == "markdown-implicit_figures"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_galleries_follow_the_switch_of_the_site(theme):
+    rules = (ROOT / "nbs/theme-rules.scss").read_text()
+    own = re.search(rf"^body\.quarto-{theme} \.rsir \{{(.*)\}}$", rules, re.M)[1]
+    assert dict(re.findall(r"--([\w-]+): ([^;]+);", own)) == THEMES[theme] and f"color-scheme: {theme};" in own
+
 
 def contrast(a, b):
     "How far two colours are apart, as WCAG 2 counts: 1 to 21."

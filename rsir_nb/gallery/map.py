@@ -155,7 +155,8 @@ def map_picture(
         colour = theme.get(kind, theme['ink'])
         ax.plot(*at.T, color=colour, linestyle=_DASH[kind], linewidth=3 if kind == 'query' else 1.6)
         ax.plot(*_middle(o), marker='s' if kind == 'query' else 'o', color=colour, markersize=3)
-    _number(ax, [o for o in features if o['properties']['rank'] <= 30], theme['ink'])
+    numbered = [o for o in features if o['properties']['rank'] <= 30]
+    if numbered: _number(ax, numbered, theme['ink'])
     xs, ys = graticule_steps(west, east), graticule_steps(south, north)
     ax.set_xticks(xs, [degrees_text(o) for o in xs], fontsize=7)
     ax.set_yticks(ys, [degrees_text(o, 'NS') for o in ys], fontsize=7)
@@ -172,9 +173,16 @@ def _middle(feature):
 def _number(ax, features, ink):
     "Ranks at the upper right corners, moved apart where they would cover each other."
     ax.apply_aspect()
+<<<<<<< HEAD
     scale, places = 72/ax.figure.dpi, [corners(o).max(0) for o in features]
     at = ax.transData.transform(places)*scale # in points, as the offsets are
     for o, place, offset in zip(features, places, spread(at, 14, 9) - at, strict=True):
+=======
+    scale, middles = 72/ax.figure.dpi, [_middle(o) for o in features]
+    at = ax.transData.transform(middles)*scale # in points, as the offsets are
+    wide = 27 if features[0]['properties']['rank'] == 0 else 14 # for the word 'query'
+    for o, middle, offset in zip(features, middles, spread(at, wide, 9) - at, strict=True):
+>>>>>>> h19a
         line = dict(arrowstyle='-', color='#7b8794', linewidth=.5) if np.abs(offset).max() > 9 else None
         ax.annotate(str(o['properties']['rank'] or 'query'), place, offset + 3, fontsize=7, color=ink,
                     textcoords='offset points', arrowprops=line)
