@@ -52,7 +52,7 @@ def corners(
 def cut_of(
     lons:Sequence[float], # degrees
 ) -> float: # longitudes below this are counted 360 degrees on
-    "Where to cut the globe so that `lons` lie side by side."
+    "Where to cut the globe so that `lons` are next to each other."
     some = np.unique(np.asarray(lons, dtype=float))
     if len(some) < 2: return -180.
     gaps = np.diff(np.append(some, some[0] + 360))
