@@ -13,7 +13,7 @@ from .core import package_sources
 
 # %% ../nbs/90_all.ipynb #9ed899ab
 def page_modules() -> list[str]: # dotted names, sorted
-    "Every module of the package that is a page, but for this one and the command line."
+    "Every module of the package that is a page, except this one and the command line."
     return [o for o in package_sources() if o.split('.')[1] not in ('all', 'cli')]
 
 # %% ../nbs/90_all.ipynb #eb0f9bb3

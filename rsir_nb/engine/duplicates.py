@@ -22,7 +22,7 @@ def told_duplicates(
     search:Retriever, # that found them
     pairs:pd.DataFrame, # of `Retriever.duplicates`
 ) -> str: # one sentence
-    "How many pairs and groups there are, and how many pairs lie in two splits."
+    "How many pairs and groups there are, and how many pairs cross two splits."
     patches = len(set(pairs['id_a']) | set(pairs['id_b']))
     told = f"{_n(len(pairs), 'pair')} of {patches:,} patches in {_n(pairs['group'].nunique(), 'group')}"
     if 'split' not in search.table or not len(pairs): return told

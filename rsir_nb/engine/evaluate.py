@@ -188,7 +188,7 @@ def make_baseline(
 
 # %% ../../nbs/74a_engine.evaluate.ipynb #6ef80f3b
 def _systems(names, cfg, archive, store, protocol, folder, progress):
-    "The baselines that this run can have; one that it cannot have is told."
+    "The baselines that this run can have; the others are logged."
     found = []
     for name in names:
         if name == 'random': found.append(System('chance', store, 'random'))

@@ -24,7 +24,7 @@ from ..retrieval.vectors import VectorIndex
 # %% ../../nbs/73e_engine.protocols.ipynb #b17b0279
 @dataclass(frozen=True)
 class Protocol:
-    "Who asks, who answers, and how deep is looked."
+    "Queries, archive and depth of an evaluation."
     query:str # split of the queries
     archive:str # split of the answers
     ks:tuple[int, ...] # depths at which the protocol reports

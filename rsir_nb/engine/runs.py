@@ -141,7 +141,7 @@ def _write_rows(path, rows):
 
 # %% ../../nbs/70b_engine.runs.ipynb #bb4877d5
 class CsvLog(pl.Callback):
-    "Write one row a logged step."
+    "Write one row per logged step."
     def __init__(self,
         path:str|Path, # the CSV file
         every:int=1, # steps between two rows; the last step of an epoch always gets one

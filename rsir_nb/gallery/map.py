@@ -53,7 +53,7 @@ def corners(
 def cut_of(
     lons:Sequence[float], # degrees
 ) -> float: # longitudes below this are counted 360 degrees on
-    "Where to cut the globe so that `lons` lie side by side."
+    "Where to cut the globe so that `lons` are next to each other."
     some = np.unique(np.asarray(lons, dtype=float))
     if len(some) < 2: return -180.
     gaps = np.diff(np.append(some, some[0] + 360))
@@ -173,16 +173,10 @@ def _middle(feature):
 def _number(ax, features, ink):
     "Ranks at the upper right corners, moved apart where they would cover each other."
     ax.apply_aspect()
-<<<<<<< HEAD
     scale, places = 72/ax.figure.dpi, [corners(o).max(0) for o in features]
     at = ax.transData.transform(places)*scale # in points, as the offsets are
-    for o, place, offset in zip(features, places, spread(at, 14, 9) - at, strict=True):
-=======
-    scale, middles = 72/ax.figure.dpi, [_middle(o) for o in features]
-    at = ax.transData.transform(middles)*scale # in points, as the offsets are
     wide = 27 if features[0]['properties']['rank'] == 0 else 14 # for the word 'query'
-    for o, middle, offset in zip(features, middles, spread(at, wide, 9) - at, strict=True):
->>>>>>> h19a
+    for o, place, offset in zip(features, places, spread(at, wide, 9) - at, strict=True):
         line = dict(arrowstyle='-', color='#7b8794', linewidth=.5) if np.abs(offset).max() > 9 else None
         ax.annotate(str(o['properties']['rank'] or 'query'), place, offset + 3, fontsize=7, color=ink,
                     textcoords='offset points', arrowprops=line)

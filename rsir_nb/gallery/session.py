@@ -24,7 +24,7 @@ from ..retrieval.ranking import Ranking
 # %% ../../nbs/80a_gallery.session.ipynb #93669250
 @dataclass
 class View:
-    "A question, its answer, and what was said of the hits."
+    "A question, its answer, and the marks on the hits."
     query:Any # as `Retriever.query` takes it
     source:str|None # the query's sensor
     target:str|None # the sensor that was searched

@@ -138,7 +138,7 @@ def write_deleted(
     number:int, # of the file; never one that a manifest has named
     segment:Segment, # made by `without`
 ) -> Segment: # the same, with the file in its entry
-    "Note which codes of a segment are deleted, one bit a code."
+    "Note which codes of a segment are deleted, one bit per code."
     path, of = Path(folder)/f'deleted-{number:06d}.index', segment.entry['file']
     bits = np.packbits(~segment.alive)
     save_arrays(path, 'deleted', dict(segment=of, n=len(segment.alive)), dict(bits=bits))

@@ -253,7 +253,7 @@ def need(self:Method,
 # %% ../../nbs/50b_methods.base.ipynb #14dadb58
 @patch
 def describe(self:Method) -> dict: # in JSON's types
-    "What is needed to build this method again, but for its weights."
+    "What is needed to build this method again, without its weights."
     heads = None if self.heads is None else dict(name=registered_name(HEADS, type(self.heads)),
                                                  arguments=plain(self.heads.arguments))
     return dict(method=registered_name(METHODS, type(self)), heads=heads, embed_dim=self.embed_dim,

@@ -30,7 +30,7 @@ def read_checkpoint(
 
 # %% ../../nbs/26_models.weights.ipynb #2f056c15
 def _read(path):
-    "The state dict in a file, and the names of what lies beside it."
+    "The state dict in a file, and the names of the other entries."
     if not path.is_file(): raise MissingFileError(f"{path} is not there")
     with open(path, 'rb') as f: head = f.read(9)
     try: found = load_file(path) if head[8:9] == b'{' else _load_torch(path)
