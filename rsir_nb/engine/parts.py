@@ -42,11 +42,11 @@ def _told(what, group):
         raise InputError(what, found=f"{type(e).__name__}: {why}", remedy="--debug shows where it fails",
                          wanted=f"other values in the group {group!r}") from e
 
-_SAID:dict[str, set[str]] = {} # what was said of the files of an archive, by its config
+_SAID:dict[str, set[str]] = {} # messages about the files of an archive, by its config
 
 @contextmanager
 def _said_once(config):
-    "Leave out of the log what was said of the files of the same archive before."
+    "Log each message about the files of one archive once."
     files, said, now = logging.getLogger('rsir_nb.data.files'), _SAID.get(config, set()), set()
     def new(record):
         now.add(record.getMessage())
